@@ -6,16 +6,23 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fleet import running_broker, start_worker
 from serving import Unsplit
+from split_common.system.lock import holding
 from split_device.batches.place import Place, Record, batches_dir, find_batch, place_of
+from split_device.jobs import waits
 from split_device.jobs.agent import log_path, running_agent
+from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.jobs.store import Store
 from wiretap import wait_until
 
@@ -64,6 +71,9 @@ def test_an_agent_that_is_killed_goes_on(
     assert f"started agent {pid}" in handed.err
     place, _ = find_batch(name)
     wait_until(lambda: generated(place) > LINES, PATIENCE)
+    # What was said of workers is forgotten when lines make progress.
+    waits.say("the worker is gone")
+    wait_until(lambda: waits.said() == "", PATIENCE)
     (listed,) = run("jobs", "list", "--json").json["batches"]
     assert (listed["name"], listed["state"], listed["answers"]) == (name, "running", LINES)
     assert re.search(rf"{name} +running +\d+ of {LINES} +in.txt +out.jsonl", run("jobs", "list").out)
@@ -149,3 +159,30 @@ def test_answers_of_a_batch_that_is_not_done(run: Any, asked: tuple[Any, ...], t
     assert record.errors == LINES - done
     assert not place.lock.exists()
     assert run("jobs", "show", "batch-none").code == 1
+
+
+def test_a_batch_is_watched(run: Any, state: Path, tmp_path: Path) -> None:
+    """This process holds the batch's lock, and ends the batch."""
+    place = place_of(tmp_path / "out.txt")
+    with Store(place.store) as store:
+        task = Task(model=ModelChoice(name="m"), prompt=(Message("user", "Hello"),))
+        store.submit_all([(task, 0, None)] * 2)
+    kinds: dict[str, Any] = {"input_form": "text", "output_form": "txt", "detached": True}
+    record = Record(
+        source="in.txt", output=str(tmp_path / "out.txt"), lines=2, jobs=2, created=time.time(), **kinds
+    )
+    place.write(record)
+    command = [sys.executable, "-m", "split_common", "jobs", "watch", place.name]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stderr is not None
+        with holding(place.lock, remove=True):
+            assert watching.stderr.readline() == f"{place.name}: 0 of 2\n"
+            waits.say("the worker is gone")
+            assert watching.stderr.readline() == "the worker is gone\n"
+            place.write(msgspec.structs.replace(record, finished=time.time()))
+        assert watching.communicate(timeout=PATIENCE)[1] == f"{record.output}: 2 answered\n"
+    assert watching.returncode == 0
+    waits.over()
+    place.write(msgspec.structs.replace(record, finished=time.time(), errors=1))
+    silent = run("jobs", "watch", place.name, "--progress", "none")
+    assert (silent.code, silent.err) == (1, f"{record.output}: 1 answered, 1 failed\n")

@@ -134,6 +134,11 @@ def test_bad_layers(model: Path, layers: str) -> None:
         keys("add-worker", "w", "--model", "tiny", f"--layers={layers}")
 
 
+def test_what_takes_long_is_said_at_once(run: Any, model: Path) -> None:
+    keys("init")
+    assert run("keys", "add-model", model).err.splitlines()[0] == "hashing tiny …"
+
+
 def test_bad_scopes(model: Path) -> None:
     keys("init")
     for half in (("--model", "tiny"), ("--layers", "0:1")):

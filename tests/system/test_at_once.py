@@ -52,6 +52,7 @@ def test_each_command_says_what_it_does_before_it_loads_torch(tmp_path: Path) ->
         ("worker", *here): loading,
         ("generate", "a", *here, "--json"): loading,
         ("chat", *here): loading,
+        ("ping", *here): loading,
         ("serve", "--port", "0", *here): loading,
         ("batch", str(requests), "-o", str(tmp_path / "out.jsonl"), *here): loading,
         tuple(image): "loading sdxl, connecting to tcp://127.0.0.1:9 …",

@@ -28,7 +28,7 @@ from split_common.models.adapters import parse_adapters, read_adapter
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.demo_model import resolve_model
 from split_common.models.verification import build_manifest
-from split_common.system.console import emit_json, stderr
+from split_common.system.console import doing, emit_json, stderr
 from split_common.system.times import iso_time
 from split_common.transport import check_address
 from split_common.transport.address import DEFAULT_BROKER, is_redis, masked, parse_address
@@ -263,6 +263,10 @@ def _add_member(
 
 
 def _hash(checkpoint: Checkpoint, name: str | None) -> Manifest:
+    if not stderr.is_terminal:
+        # A bar would be shown at its end alone.
+        with doing(f"hashing {checkpoint.name}"):
+            return build_manifest(checkpoint, name)
     columns = (TextColumn("hashing {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr) as progress:
         task = progress.add_task(checkpoint.name, total=checkpoint.nbytes(checkpoint.tensor_names))

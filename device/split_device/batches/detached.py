@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -32,13 +33,16 @@ LOOK_INTERVAL = 1.0
 class _Open:
     """A batch that the agent works on.
 
+    Args:
+        runner: makes what runs the jobs of its store.
+
     Raises:
         Held: another process works on it.
         SplitError: it cannot be opened.
     """
 
     def __init__(
-        self, place: Place, record: Record, models: Models, give_up: float, store_key: Path | None
+        self, place: Place, record: Record, runner: Callable[[Store], JobRunner], store_key: Path | None
     ) -> None:
         self.place = place
         #: Number of errors among the answers that are written; None while the batch is not done.
@@ -54,7 +58,7 @@ class _Open:
             self.store = stack.enter_context(Store(place.store, store_key))
             self.store.recover()
             self.plan = Plan(place.plan, self.store)
-            self.runner = JobRunner(self.store, models, give_up)
+            self.runner = runner(self.store)
             directory = self.record.output_dir
             self.pictures = None if directory is None else Pictures(Path(directory), self.plan, self.store)
             self._stack = stack.pop_all()
@@ -88,12 +92,22 @@ class DetachedBatches:
     """All batches that were handed to the agent.
 
     Args:
-        models, give_up: as for `JobRunner`.
+        models, give_up, notice, progressed: as for `JobRunner`.
         store_key: the file of the key that seals their stores; None if they are not sealed.
     """
 
-    def __init__(self, models: Models, give_up: float, store_key: Path | None) -> None:
-        self._models, self._give_up, self._store_key = models, give_up, store_key
+    def __init__(
+        self,
+        models: Models,
+        give_up: float,
+        store_key: Path | None,
+        notice: Callable[[str], None],
+        progressed: Callable[[], None],
+    ) -> None:
+        self._runner: Callable[[Store], JobRunner] = lambda store: JobRunner(
+            store, models, give_up, notice, progressed
+        )
+        self._store_key = store_key
         self._open: dict[str, _Open] = {}
         #: Names of batches that cannot be worked on, until their command runs again.
         self._refused: set[str] = set()
@@ -139,7 +153,7 @@ class DetachedBatches:
             if record.problem is not None and name in self._refused:
                 continue
             try:
-                self._open[name] = _Open(place, record, self._models, self._give_up, self._store_key)
+                self._open[name] = _Open(place, record, self._runner, self._store_key)
             except Held:
                 continue
             except SplitError as error:

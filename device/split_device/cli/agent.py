@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -76,7 +77,7 @@ def run(
             connection = dataclasses.replace(connection, on_notice=waits.say)
             allow_many_files()
             with Models(connection, limits, hardware) as models:
-                batches = DetachedBatches(models, give_up, store_key)
+                batches = DetachedBatches(models, give_up, store_key, waits.say, waits.over)
                 runner = JobRunner(store, models, give_up, waits.say, waits.over)
                 _work(runner, batches, store, max_age, stop)
     except Held as held:
@@ -170,7 +171,9 @@ def stop(
     json: JsonOption = False,
 ) -> None:
     """Stop the agent; the jobs that it runs resume when it is started again."""
-    pid = agent.stop(grace if timeout is None else timeout)
+    waiting = doing("stopping the agent") if agent.running_agent() is not None else contextlib.nullcontext()
+    with waiting:
+        pid = agent.stop(grace if timeout is None else timeout)
     if json:
         emit_json({"stopped": pid})
     else:

@@ -17,7 +17,8 @@ from split_device.batches.place import find_batch, is_batch, places
 from split_device.batches.results import results
 from split_device.batches.shown import batch_facts, opened
 from split_device.batches.shown import cancel as cancel_batch
-from split_device.cli.batch_progress import batch_progress
+from split_device.cli.batch_progress import ProgressMode, batch_progress
+from split_device.cli.terminal import AgentNotices
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import AGENT_GRACE
 
@@ -92,7 +93,7 @@ def batch_result(name: str, output: Path | None, store_key: Path | None, json: b
             emit_json(facts | {"results": [result_object(result) for result in results(plan, store, ended=True)]})
 
 
-def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
+def watch_batch(name: str, progress: ProgressMode, store_key: Path | None, json: bool) -> None:
     """Shows how far a batch is until it has ended; exit code 1 if any line has an error then.
 
     Raises:
@@ -101,23 +102,27 @@ def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
     """
     place, record = find_batch(name)
     facts = batch_facts(place, record, store_key)
-    worked_at = time.monotonic()
-    with batch_progress("auto", name, record.jobs, lambda: facts["tokens"] or 0) as advance:
-        while facts["state"] != "ended":
+    worked_at, notices = time.monotonic(), AgentNotices()
+    shown: ProgressMode = "none" if json else progress
+    try:
+        with batch_progress(shown, name, record.jobs, lambda: facts["tokens"] or 0) as advance:
+            while facts["state"] != "ended":
+                advance(facts["done"] or 0, facts["failed"] or 0)
+                if facts["problem"] is not None:
+                    raise AgentError(f"{name} cannot go on: {facts['problem']}")
+                if facts["state"] == "running":
+                    worked_at = time.monotonic()
+                    if facts["detached"]:
+                        notices.show()
+                elif time.monotonic() - worked_at > AGENT_GRACE and running_agent() is None:
+                    raise AgentError(f"{name} is interrupted, and no agent is running: {_how_to_go_on(facts)}")
+                time.sleep(WATCH_INTERVAL)
+                facts = _facts_now(name, store_key, facts)
             advance(facts["done"] or 0, facts["failed"] or 0)
-            if facts["problem"] is not None:
-                raise AgentError(f"{name} cannot go on: {facts['problem']}")
-            if facts["state"] == "running":
-                worked_at = time.monotonic()
-            elif time.monotonic() - worked_at > AGENT_GRACE and running_agent() is None:
-                raise AgentError(f"{name} is interrupted, and no agent is running: {_how_to_go_on(facts)}")
-            time.sleep(WATCH_INTERVAL)
-            try:
-                facts = batch_facts(*find_batch(name), store_key)
-            except UnknownJob:
-                # A batch in the foreground is forgotten when it ends without errors.
-                facts |= {"state": "ended", "errors": 0, "cancelled": 0, "done": facts["answers"]}
-        advance(facts["done"] or 0, facts["failed"] or 0)
+    except KeyboardInterrupt:
+        if facts["state"] == "running":
+            stderr.print("the batch goes on: `lambda-split jobs list` shows how far it is", soft_wrap=True)
+        raise
     if json:
         emit_json(facts)
     else:
@@ -127,6 +132,14 @@ def watch_batch(name: str, store_key: Path | None, json: bool) -> None:
         stderr.print(f"{facts['output']}: {facts['lines'] - facts['errors']} answered{words}", soft_wrap=True)
     if facts["errors"]:
         raise typer.Exit(1)
+
+
+def _facts_now(name: str, store_key: Path | None, before: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a batch that was there before: without errors, one in the foreground is forgotten at its end."""
+    try:
+        return batch_facts(*find_batch(name), store_key)
+    except UnknownJob:
+        return before | {"state": "ended", "errors": 0, "cancelled": 0, "done": before["answers"]}
 
 
 def _how_to_go_on(facts: dict[str, Any]) -> str:

@@ -9,8 +9,7 @@ import typer
 from split_common.errors import AgentError
 from split_common.system.console import emit_json, stderr
 from split_device.cli.batch_progress import ProgressMode, batch_progress
-from split_device.cli.terminal import print_notice
-from split_device.jobs import waits
+from split_device.cli.terminal import AgentNotices
 from split_device.jobs.agent import running_agent
 from split_device.jobs.follow import AGENT_GRACE
 from split_device.jobs.job import FINAL, Selection
@@ -30,7 +29,7 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
     """
     counts = store.count(selection)
     name = selection.group or "jobs"
-    agent_at, told = time.monotonic(), ""
+    agent_at, notices = time.monotonic(), AgentNotices()
     try:
         with batch_progress(
             "none" if json else progress, name, sum(counts.values()), lambda: store.generated(selection)
@@ -39,8 +38,7 @@ def watch_jobs(store: Store, selection: Selection, progress: ProgressMode, json:
                 advance(ended, counts["failed"])
                 if running_agent() is not None:
                     agent_at = time.monotonic()
-                    if (notice := waits.said()) not in ("", told):
-                        print_notice(told := notice)
+                    notices.show()
                 elif time.monotonic() - agent_at > AGENT_GRACE:
                     left = sum(counts.values()) - ended
                     waiting = f"{left} job{' is' if left == 1 else 's are'} waiting"

@@ -117,7 +117,7 @@ def watch(
     if names := choice.batches:
         if len(names) > 1:
             raise ConfigError("name one batch")
-        watch_batch(names[0], store_key, json)
+        watch_batch(names[0], progress, store_key, json)
         return
     with Store(store_path(), store_key) as store:
         ids = choice.ids(store)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import doing, print_text, stderr
 from split_common.transport.address import masked
+from split_device.jobs import waits
 from split_device.sessions.connection import Connection
 
 
@@ -42,6 +43,18 @@ def print_notice(text: str) -> None:
     if _line_is_open and sys.stdout.isatty():
         stderr.print()
     stderr.print(text, soft_wrap=True)
+
+
+class AgentNotices:
+    """Passes on what the agent says of workers, each line once."""
+
+    def __init__(self) -> None:
+        self._told = ""
+
+    def show(self) -> None:
+        if (notice := waits.said()) not in ("", self._told):
+            self._told = notice
+            print_notice(notice)
 
 
 @contextlib.contextmanager
