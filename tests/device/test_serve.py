@@ -139,6 +139,37 @@ def test_streams(client: openai.OpenAI, unsplit: Unsplit) -> None:
     assert "".join(chunk.choices[0].text for chunk in text) == unsplit.say("Once", 16)
 
 
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_a_load_generator_is_answered(fleet: tuple[str, Any], kind: str) -> None:
+    """It asks for so many tokens, whatever the model wants to say, and counts them as they come."""
+    body: dict[str, Any] = {
+        "model": "tiny",
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        "stop": None,
+        "ignore_eos": True,
+    }
+    body |= (
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+            "max_completion_tokens": 40,
+        }
+        if kind == "chat"
+        else {"prompt": "Hello", "max_tokens": 40}
+    )
+    path = "chat/completions" if kind == "chat" else "completions"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx2.post(f"{fleet[0]}/{path}", json=body, headers=headers, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    *events, end = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert end == "data: [DONE]"
+    usages = [json.loads(event.removeprefix("data: "))["usage"] for event in events]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == 40
+    assert {usage["prompt_tokens"] for usage in usages} == {usages[-1]["prompt_tokens"]}
+
+
 def test_logprobs_are_those_of_the_unsplit_model(client: openai.OpenAI, unsplit: Unsplit) -> None:
     ids = unsplit.tokenizer("user:Hello</s>assistant:", return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -11,6 +11,7 @@ from msgspec import Meta
 from split_device.generation.settings import nth_seed
 from split_device.jobs.job import Task
 from split_device.serving.fields import ApiError, present, supported
+from split_device.serving.openai.query import UsageIn
 from split_device.serving.openai.sampling_fields import SamplingFields
 
 #: Fields that are accepted and have no effect.
@@ -43,6 +44,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """Of a streamed answer."""
 
     include_usage: bool = False
+    #: With `include_usage`: whether each chunk counts the tokens so far. An extension, as vLLM has it.
+    continuous_usage_stats: bool = False
     #: Has no effect: nothing is added to events to hide how long they are.
     include_obfuscation: bool | None = None
 
@@ -69,8 +72,11 @@ class Body(SamplingFields, frozen=True, kw_only=True):
     def stop_texts(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in(self) -> UsageIn:
+        """Which chunks of a stream count tokens."""
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return "none"
+        return "all" if self.stream_options.continuous_usage_stats else "last"
 
 
 def fields_of(body: object) -> dict[str, Any]:

@@ -111,5 +111,5 @@ def parse_chat(body: object, model: ModelChoice, defaults: Sampling, template: C
         form=CompletionForm(
             kind="chat", per_prompt=count, kept=count, logprobs=logprobs, prompt_logprobs=chat.prompt_logprobs
         ),
-        include_usage=chat.include_usage(),
+        usage_in=chat.usage_in(),
     )

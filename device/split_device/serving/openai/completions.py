@@ -99,10 +99,13 @@ async def _events(query: CompletionQuery, answer: Answer, header: Header) -> Asy
             else:
                 written = chat_piece(index, piece, index not in begun)
             begun.add(index)
-            yield event(chunk(header, written))
+            written_chunk = chunk(header, written)
+            if query.usage_in == "all":
+                written_chunk["usage"] = _usage(query, answer, tokens).fields()
+            yield event(written_chunk)
     except Exception as error:
         yield event({"error": api_error(error).fields()})
         return
-    if query.include_usage:
+    if query.usage_in != "none":
         yield event(usage_chunk(header, _usage(query, answer, tokens)))
     yield "data: [DONE]\n\n"

@@ -11,6 +11,9 @@ from split_device.serving.query import Query
 
 CompletionKind = Literal["chat", "text"]
 
+#: Which chunks of a stream count tokens.
+UsageIn = Literal["none", "last", "all"]
+
 
 class CompletionForm(msgspec.Struct, frozen=True, kw_only=True):
     """How the choices of a completion are written. Batches store it."""
@@ -35,4 +38,4 @@ class CompletionQuery(Query):
     """A request for chat or text completions."""
 
     form: CompletionForm
-    include_usage: bool
+    usage_in: UsageIn

@@ -84,7 +84,7 @@ def parse_text(body: object, model: ModelChoice, defaults: Sampling) -> Completi
         tasks=tuple(each for task in tasks for each in choices(task, count)),
         stream=bool(text.stream),
         form=form,
-        include_usage=text.include_usage(),
+        usage_in=text.usage_in(),
     )
 
 
