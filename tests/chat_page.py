@@ -144,7 +144,7 @@ def wait_until_kept(page: Page, *texts: str) -> None:
     wait_until(lambda: kept(page) == list(texts), PATIENCE / 1000)
 
 
-#: What has a place of its own on the page, and may be too wide for it.
+#: What has a place of its own on the page, and may be too wide for it; of each kind more than one.
 RICH = """# Title
 
 A **word**, `code`, [a link](https://example.org), and a long one: {long}
@@ -163,6 +163,14 @@ print("{long}")
 $$\\sum_{{i=0}}^n x_i = {long}$$
 
 > quoted
+
+| a | b |
+| --- | --- |
+| 1 | 2 |
+
+```python
+pass
+```
 """.format(long="x" * 300)
 
 

@@ -33,6 +33,7 @@ from chat_page import (
     wait_until_kept,
 )
 from serving import KEY, Unsplit, serving
+from split_common import errors
 from split_device.serving import page as chat_page
 from wiretap import wait_until
 
@@ -247,6 +248,40 @@ def test_settings_can_be_read_while_an_answer_comes(page: Page) -> None:
 
 
 @needs_chromium
+def test_what_to_do_when_a_worker_has_gone_for_good(page: Page) -> None:
+    """What came of the answer stays, and so does what was typed meanwhile."""
+    error = {"message": "no worker serves tiny 2:4", "type": "server_error", "code": "NoWorker", "param": None}
+    events = [{"choices": [{"delta": {"content": "Half of"}, "finish_reason": None}]}, {"error": error}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body), times=1
+    )
+    say(page, "Hello")
+    expect(page.get_by_role("alert")).to_have_text(
+        re.compile(
+            r"^No worker answers. Start one with lambda-split worker, and try again. \(no worker serves tiny"
+        )
+    )
+    expect(answers(page)).to_have_text("Half of")
+    expect(page.locator("article.assistant .facts")).to_have_text("broken off")
+    page.get_by_label("Message", exact=True).fill("the next question")
+    page.get_by_role("button", name="Try again").click()
+    answered(page)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_label("Message", exact=True)).to_have_value("the next question")
+
+
+def test_errors_are_said_in_words_of_the_page() -> None:
+    """By their names, which the server sends as codes."""
+    source = (Path(chat_page.__file__).parent / "static" / "js" / "api.js").read_text("utf-8")
+    table = re.search(r"const WORDS = \{(.*?)\n\};", source, re.DOTALL)
+    assert table is not None
+    codes = re.findall(r"^  (\w+):", table[1], re.MULTILINE)
+    assert len(codes) > 5
+    assert [code for code in codes if not hasattr(errors, code)] == ["context_length_exceeded"]
+
+
+@needs_chromium
 def test_an_error_is_shown_with_a_way_to_try_again(page: Page) -> None:
     page.get_by_label("Message", exact=True).fill("x" * POSITIONS)
     page.keyboard.press("Enter")
@@ -289,6 +324,18 @@ def test_versions_of_messages_and_answers(page: Page, checkpoint: Path) -> None:
     page.locator("article.user").get_by_role("button", name="Earlier version").click()
     wait_until_kept(page, "Hello", unsplit.say("user:Hello</s>assistant:", 10))
     expect(page.locator("article.user .body")).to_have_text("Hello")
+
+
+@needs_chromium
+def test_messages_are_copied(page: Page) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    say(page, "Hello")
+    answered(page)
+    texts = kept(page)
+    for name, text in zip(("Copy the message", "Copy the answer"), texts, strict=True):
+        page.get_by_role("button", name=name).click()
+        expect(page.get_by_role("button", name=name)).to_have_text("Copied")
+        assert page.evaluate("navigator.clipboard.readText()") == text
 
 
 @needs_chromium
@@ -421,6 +468,15 @@ def test_themes_and_help(page: Page) -> None:
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
     expect(page.get_by_label("Message", exact=True)).to_have_value("")
+    # The key that closes it stops no answer.
+    page.route("**/v1/chat/completions", lambda _route: None)
+    say(page, "Hello")
+    page.get_by_role("button", name="Help").click()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.get_by_role("status")).to_have_text("Answering …")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("status")).to_have_text("Stopped.")
 
 
 @needs_chromium
@@ -429,6 +485,9 @@ def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
         page = context.new_page()
         page.goto(server[0])
         expect(page.get_by_label("asks for its API key")).to_be_focused()
+        # It does not speak as if one could ask already.
+        expect(page.get_by_text("Ask something.")).to_be_hidden()
+        expect(page.get_by_label("Message", exact=True)).to_be_hidden()
         page.keyboard.type("another")
         page.keyboard.press("Enter")
         expect(page.get_by_role("alert")).to_have_text("The server refused this key.")
@@ -452,12 +511,20 @@ def test_everybody_can_read_it(browser: Browser, server: tuple[str, Any], scheme
         assert fits(page)
         assert faults(page) == []
         unlock(page)
+        # All of a model's name is seen, however narrow the page is.
+        name = page.locator("#model")
+        name.evaluate("(name) => (name.textContent = 'smollm2-135m-instruct, stable-diffusion-xl-base-1.0')")
+        assert name.evaluate("(name) => name.scrollWidth <= name.clientWidth")
         assert {"log", "prompt", "send", "reset", "open-help", "search" if width > 1000 else "menu"} <= reached(
             page
         )
         read_in(page, conversation("Hello", RICH))
         menu = page.get_by_role("button", name="Chats")
         if menu.is_visible():
+            menu.click()
+            expect(page.get_by_label("Search conversations")).to_be_focused()
+            page.keyboard.press("Escape")
+            expect(menu).to_be_focused()
             menu.click()
         page.get_by_role("navigation").get_by_role("button", name="Hello", exact=True).click()
         expect(answers(page).locator("math")).to_have_count(1)

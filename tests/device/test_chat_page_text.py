@@ -58,7 +58,10 @@ def drawn(page: Page, *pieces: str) -> list[str]:
 
 
 def test_markdown(page: Page) -> None:
-    text = "# Title\n\n**b** *i* ~~d~~ `c`<br>[l](https://example.org)\n\n- [x] one\n- two\n\n|a|b|\n|-|-|\n|1|2|\n"
+    text = (
+        "# Title\n\n**b** *i* ~~d~~ `c`<br>[l](https://example.org)\n\n- [x] one\n- two\n\n|a|b|\n|-|-:|\n|1|2|\n"
+    )
+    text += "\n3. three\n4. four\n"
     drawn(page, text)
     assert page.locator("#drawn h3").inner_text() == "Title"
     assert page.locator("#drawn p > *").evaluate_all("(all) => all.map(({localName}) => localName)") == [
@@ -67,8 +70,11 @@ def test_markdown(page: Page) -> None:
     link = page.locator("#drawn a")
     assert link.get_attribute("rel") == "noopener noreferrer nofollow"
     assert link.get_attribute("target") == "_blank"
-    assert page.locator("#drawn li").all_inner_texts() == ["☑ one", "two"]
+    assert page.locator("#drawn ul li").all_inner_texts() == ["☑ one", "two"]
     assert page.locator("#drawn td").all_inner_texts() == ["1", "2"]
+    aligned = "(all) => all.map((one) => getComputedStyle(one).textAlign)"
+    assert page.locator("#drawn td").evaluate_all(aligned) == ["start", "right"]
+    assert page.locator("#drawn ol").evaluate("(list) => list.start") == 3
 
 
 def test_code_can_be_copied(page: Page) -> None:
@@ -101,9 +107,17 @@ def test_formulas(page: Page) -> None:
 
 
 def test_writing_from_right_to_left(page: Page) -> None:
-    drawn(page, "Hello\n\nمرحبا بالعالم\n\n- שלום")
+    tables = ["| اسم | b |\n|-|-|\n| واحد | two |", "| a | b |\n|-|-|\n| واحد | two |"]
+    drawn(page, "\n\n".join(["Hello", "مرحبا بالعالم", "- שלום", *tables]))
     directions = "(all) => all.map((one) => getComputedStyle(one).direction)"
     assert page.locator("#drawn p, #drawn ul").evaluate_all(directions) == ["ltr", "rtl", "rtl"]
+    # A table begins on the side of its first word, and each cell on that of its own.
+    assert page.locator("#drawn table").evaluate_all(directions) == ["rtl", "ltr"]
+    lefts = "(all) => all.map((one) => one.getBoundingClientRect().left)"
+    first, second, *_ = page.locator("#drawn th").evaluate_all(lefts)
+    assert first > second
+    own = "(all) => all.map((one) => getComputedStyle(one).unicodeBidi)"
+    assert set(page.locator("#drawn td").evaluate_all(own)) == {"plaintext"}
 
 
 def test_an_answer_that_is_still_coming(page: Page) -> None:

@@ -118,7 +118,8 @@ $("prompt").addEventListener("keydown", (event) => {
 
 $("stop").addEventListener("click", stop);
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
+  // A dialog is closed by the browser.
+  if (event.key !== "Escape" || $("help").open) return;
   stop();
   drawer(false);
 });
@@ -127,9 +128,11 @@ $("reset").addEventListener("click", () => open(newConversation()));
 // --- around the conversation -----------------------------------------------------------------------------------
 
 function drawer(shown) {
+  const wasIn = document.body.hasAttribute("data-drawer") && $("list").contains(document.activeElement);
   document.body.toggleAttribute("data-drawer", shown);
   $("menu").setAttribute("aria-expanded", String(shown));
   if (shown) $("search").focus();
+  else if (wasIn) $("menu").focus();
 }
 
 $("menu").addEventListener("click", () => drawer(true));

@@ -21,6 +21,8 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["href", "title", "start", "class", "align"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  // DOMPurify takes the values of all others for addresses, and drops them.
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -74,7 +76,7 @@ function elements(tokens) {
   for (const code of fragment.querySelectorAll("pre > code")) frame(code);
   for (const table of fragment.querySelectorAll("table")) scroll(table);
   // Not of what is inside: an element's direction does not follow from descendants that have one of their own.
-  for (const block of [...fragment.children, ...fragment.querySelectorAll("th, td")]) block.dir = "auto";
+  for (const block of fragment.children) block.dir = "auto";
   return fragment;
 }
 
@@ -88,7 +90,7 @@ function frame(code) {
   const pre = make("pre");
   // Only what scrolls is reached by the keyboard, so it must be reachable.
   pre.tabIndex = 0;
-  pre.setAttribute("role", "region");
+  pre.setAttribute("role", "group");
   pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
   pre.append(code);
   block.append(head, pre);
@@ -97,7 +99,7 @@ function frame(code) {
 function scroll(table) {
   const frame = make("div", "table");
   frame.tabIndex = 0;
-  frame.setAttribute("role", "region");
+  frame.setAttribute("role", "group");
   frame.setAttribute("aria-label", "Table");
   table.replaceWith(frame);
   frame.append(table);
