@@ -359,6 +359,14 @@ def test_all_that_travels_is_in_the_tables() -> None:
 INTERNAL = {"LAMBDA_SPLIT_PARENT", "LAMBDA_SPLIT_ADD_GOLDEN"}
 
 
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_the_docs_can_be_pasted(page: Path) -> None:
+    """`await` outside of a function is a syntax error, for example."""
+    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
+        if block["language"] == "python":
+            compile(block["code"], str(page), "exec")
+
+
 def test_every_environment_variable_is_explained() -> None:
     used = {word for word in names().words if re.fullmatch(r"LAMBDA_SPLIT_[A-Z_]+", word)}
     explained = set(re.findall(r"`(LAMBDA_SPLIT_[A-Z_]+)`", (ROOT / "docs" / "commands.md").read_text()))

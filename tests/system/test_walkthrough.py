@@ -40,6 +40,19 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
             assert list(block.commands()), f"{block}: no command"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_an_agent_that_a_page_starts_is_stopped_on_it(page: Path) -> None:
+    consoles = [block for block in blocks(page) if block.language == "console"]
+    commands = [command.text for block in consoles for command in block.commands()]
+    started, stopped = (
+        [index for index, command in enumerate(commands) if command.startswith(f"lambda-split agent {verb}")]
+        for verb in ("start", "stop")
+    )
+    assert started
+    assert len(started) == len(stopped)
+    assert all(start < stop for start, stop in zip(started, stopped, strict=True))
+
+
 def test_blocks_of_a_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
