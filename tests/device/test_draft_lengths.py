@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ Cost = Callable[[int, int], float]
 
 
 class Guess:
-    """A drafter whose tokens mean nothing, and which always has some."""
+    """A drafter that always has some tokens, all of them 0."""
 
     def extend(self, tokens: Sequence[int]) -> None: ...
 
@@ -39,14 +39,22 @@ class Simulation:
         cost: how long a cycle takes.
         chance: how likely each drafted token is right if those before it are.
         seed: of what is accepted, and of the noise.
+        padded: how much longer cycles are for the room of their steps, as a share; None for steps without padding.
     """
 
-    def __init__(self, cost: Cost, chance: float, requests: int = 1, seed: int = 4) -> None:
-        self.cost, self.chance, self.rows = cost, chance, requests
+    def __init__(
+        self,
+        cost: Cost,
+        chance: float,
+        requests: int = 1,
+        seed: int = 4,
+        padded: Mapping[int, float] | None = None,
+    ) -> None:
+        self.cost, self.chance, self.rows, self.padded = cost, chance, requests, padded
         #: The clock, and what it would say without noise.
         self.now = self.quiet = 0.0
         self.draw = random.Random(seed)
-        self.pace = Pace(LONGEST, lambda: self.now)
+        self.pace = Pace(LONGEST, lambda: self.now, padded is not None)
         self.speculations = [Speculation(self.pace, Guess(), True) for _ in range(requests)]
 
     def speedup(self, cycles: int) -> float:
@@ -54,17 +62,26 @@ class Simulation:
         tokens, began = 0, self.quiet
         for _ in range(cycles):
             drafts: list[int] = []
+            room = self.pace.room.tokens if self.pace.room is not None else 0
+            limit = room - 1 if room else LONGEST
             for each in self.speculations:
-                drafts.append(len(each.draft(1, LONGEST, self.rows, sum(drafts))))
+                drafts.append(len(each.draft(1, limit, self.rows, sum(drafts))))
             under_way = self.rows + sum(drafts)
-            cycle = Cycle(self.now, self.rows, under_way, any(drafts))
+            padding = max(0, self.rows * room - under_way)
+            cycle = Cycle(self.now, self.rows, under_way, any(drafts), padding)
             seconds = self.cost(self.rows, under_way)
+            if self.padded is not None:
+                # The bytes of what is drafted are there anyway.
+                seconds += self.cost(self.rows, self.rows) * self.padded[room]
             self.quiet += seconds
             self.now += seconds * (1 + NOISE * self.draw.expovariate(1))
             for each, drafted in zip(self.speculations, drafts, strict=True):
                 right = next((i for i in range(drafted) if self.draw.random() >= self.chance), drafted)
                 tokens += right + 1
                 each.cycle = cycle
+                if self.padded is not None:
+                    # If it was not drafted, the next token might have been.
+                    each.extend([0] * right + [int(drafted > 0 or self.draw.random() >= self.chance)])
                 each.checked(1, [0] * (drafted + 1), LOGITS, right)
         return tokens / (self.quiet - began) / (self.rows / self.cost(self.rows, self.rows))
 
@@ -127,6 +144,47 @@ def test_a_trip_that_gets_longer_or_shorter_is_not_blamed_on_drafts(chance: floa
         speedups.append(simulation.speedup(100))
     # As much is generated after each move.
     assert len(speedups) / sum(1 / each for each in speedups) > LEAST
+
+
+#: How much longer cycles are for the room that steps have, as shares.
+PADDED: dict[str, dict[int, float]] = {
+    "nothing": {1: 0.0, 4: 0.0, 16: 0.0},
+    "fast network": {1: 0.0, 4: 0.008, 16: 0.04},
+    "slow network": {1: 0.0, 4: 0.2, 16: 1.0},
+    "losses": {1: 0.0, 4: 0.15, 16: 2.0},
+    "very slow network": {1: 0.0, 4: 2.0, 16: 10.0},
+}
+
+#: As `LEAST`, where the first try of more room costs two cycles, and so 3 % of a first short answer.
+LEAST_OF_FIRST = 0.96
+
+#: What drafts gain where they pay, by what padding costs and chance.
+PADDED_GAINS = {
+    ("nothing", 0.9): 3.5,
+    ("fast network", 0.3): 1.1,
+    ("fast network", 0.9): 3.5,
+    ("slow network", 0.9): 2.0,
+    ("losses", 0.9): 1.3,
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("requests", [1, 16])
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.9])
+def test_padding_costs_little_where_drafts_do_not_pay(name: str, requests: int, chance: float) -> None:
+    speedups = [
+        Simulation(network, chance, requests, seed, PADDED[name]).speedup(600 if requests == 1 else 100)
+        for seed in range(2)
+    ]
+    least = PADDED_GAINS.get((name, chance), LEAST) if requests == 1 else LEAST
+    assert sum(speedups) / len(speedups) > least
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.9])
+def test_the_first_padded_answers_of_a_process_are_hardly_slower(name: str, chance: float) -> None:
+    speedups = [Simulation(network, chance, seed=seed, padded=PADDED[name]).speedup(63) for seed in range(8)]
+    assert sum(speedups) / len(speedups) > LEAST_OF_FIRST
 
 
 def test_requests_that_are_cancelled_take_nothing_from_the_others() -> None:

@@ -1,8 +1,10 @@
-"""All decoding steps of a session have one size, both ways, whatever was drafted, accepted or forced."""
+"""The sizes of decoding steps do not follow what was drafted, accepted or forced."""
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from split_device.sessions import channels
 from split_device.sessions.chunks import cut, steady
 from split_device.sessions.places import PlacedRun
 from split_device.sessions.session import RemoteSession
+from split_device.speculation.room import ROOMS, Room
+from split_device.speculation.speculation import Speculation
 from split_worker import worker as worker_module
 from wiretap import LATE
 
@@ -134,7 +138,7 @@ def test_sizes_say_nothing_of_drafts(
     transport: str, checkpoint: Path, wanted: list[int], grammars: Grammars, tap: Tap
 ) -> None:
     with using(transport), running_broker() as broker, joined(broker.address, checkpoint) as (model, _):
-        drafters = ("ngram", "suffix", "recycle", "auto")
+        drafters = ("ngram", "suffix", "recycle")
         assert generated(model, *drafters) == [wanted] * len(drafters)
         with Generator(model) as generator:
             for text in (TEXT, FORCED):
@@ -145,6 +149,36 @@ def test_sizes_say_nothing_of_drafts(
         ups, downs = tap.seen(session)
         assert len(ups) == len(downs) == 1
         assert min(*ups, *downs) > DECODE_TOKENS * 32 * 4
+
+
+def test_the_sizes_of_auto_follow_its_room_alone(
+    broker: str, checkpoint: Path, wanted: list[int], grammars: Grammars, tap: Tap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms = itertools.cycle(ROOMS)
+
+    def choose(room: Room, *_: object) -> None:
+        room.tokens, room._left = next(rooms), 3.0
+
+    # In a test, how long cycles take says nothing.
+    monkeypatch.setattr(Room, "choose", choose)
+    monkeypatch.setattr(Speculation, "_choose", lambda _self, _begun, limit, *_: (max(0, limit), False))
+    with joined(broker, checkpoint) as (model, _):
+        assert generated(model, *["auto"] * 6) == [wanted] * 6
+        for kind, seen in tap.sizes.items():
+            sizes: dict[int, set[int]] = defaultdict(set)
+            for key, step in tap.decoding().items():
+                room = getattr(step, "room", 1)
+                assert step.tokens <= room
+                if key in seen:
+                    sizes[room].add(seen[key])
+            assert sizes.keys() == {*ROOMS}, kind
+            assert [len(each) for each in sizes.values()] == [1] * len(ROOMS)
+        assert len({*tap.tokens}) > 2
+        tap.steps.clear()
+        with Generator(model) as generator:
+            generator.submit(forced(grammars, TEXT, "auto")).result(LATE)
+        # What a grammar forces goes in one trip.
+        assert {step.room for step in tap.decoding().values()} == {DECODE_TOKENS}  # type: ignore[attr-defined]
 
 
 def test_what_a_grammar_forces_is_one_trip_in_messages_of_one_size(

@@ -176,8 +176,8 @@ PadStepsOption = Annotated[
     typer.Option(
         "--pad-steps/--no-pad-steps",
         rich_help_panel=PRIVACY_PANEL,
-        help="Give all decoding steps of an answer one size, so that the queue cannot tell how many tokens were "
-        "guessed, and how many were right. Without it, fewer bytes travel.",
+        help="Give decoding steps sizes that do not follow their tokens, so that the queue cannot tell how many "
+        "were guessed, and how many were right. Without it, fewer bytes travel.",
     ),
 ]
 HistoryOption = Annotated[

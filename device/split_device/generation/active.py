@@ -58,7 +58,7 @@ class ActiveRequest:
     undivided: bool
     #: Whether of its prompt only the last token's output is needed.
     last_only: bool
-    #: The tokens for which each of its decoding steps has room.
+    #: The tokens for which its decoding steps have room.
     room: int = 1
     awaits_first_token: bool = True
     #: Number of tokens that have entered the head, and the tail.

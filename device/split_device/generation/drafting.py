@@ -50,7 +50,8 @@ class Drafting:
         tokenizer: Any = None,
     ) -> None:
         self._active, self._counters = active, counters
-        self._pace = self._model_pace = Pace(TREE_TOKENS - 1)
+        self._pads = bool(model.split_parts.client.pad_steps)
+        self._pace = self._model_pace = Pace(TREE_TOKENS - 1, pads=self._pads)
         self._layers = layers
         self._default = limits.speculate
         #: Drafts for requests that ask for it; None if the default is another drafter.
@@ -205,12 +206,15 @@ class Drafting:
     def _next_step(self, request: ActiveRequest, tokens: list[int]) -> None:
         """Makes a request's next step of these tokens, and of a draft behind them."""
         request.last_token = tokens[-1]
+        most = DECODE_TOKENS
+        if self._pace.room is not None and _is_sized(request):
+            most = request.room = self._pace.room.tokens
         if request.speculation is not None:
             if request.speculation.branches and self._takes_trees(request):
                 tree = request.speculation.tree(_limit(request, tokens, TREE_TOKENS))
                 request.drafts, request.parents = tree.tokens, tree.after(len(tokens))
             else:
-                limit = _limit(request, tokens)
+                limit = _limit(request, tokens, most)
                 request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
                 request.parents = []
             self._drafted += len(request.drafts)
@@ -228,10 +232,17 @@ class Drafting:
             return
         stepping = [each for each in self._active if each.step_tokens]
         tokens, drafted = sum(each.step_tokens for each in stepping), any(each.drafts for each in stepping)
-        cycle = Cycle(self._began, len(stepping), tokens, drafted)
+        padding = sum(max(0, each.room - each.step_tokens) for each in stepping) if self._pads else 0
+        cycle = Cycle(self._began, len(stepping), tokens, drafted, padding)
         for request in speculating:
             assert request.speculation is not None
             request.speculation.cycle = cycle
+
+
+def _is_sized(request: ActiveRequest) -> bool:
+    """Whether its steps are as large as drafts pay for. What a grammar forces may always come in one of them."""
+    asked = request.generation
+    return asked.speculate == AUTO and asked.request.constraint is None and not request.undivided
 
 
 def _limit(request: ActiveRequest, tokens: list[int], most: int = DECODE_TOKENS) -> int:

@@ -48,7 +48,7 @@ class Client:
         patience: seconds that sessions wait while all workers are full.
         wait_for_first: whether they wait so long also if no worker of any model is there.
         codec: encodes the hidden states of language models.
-        pad_steps: whether the decoding steps of a session have one size.
+        pad_steps: whether the sizes of decoding steps do not follow their tokens.
         step_timeout: seconds without a reply after which a worker is too slow, if another one is available.
         command: starts a worker that serves the body, for messages.
         unit: what a body's range counts, for messages: "layers", or "blocks" of a denoiser.

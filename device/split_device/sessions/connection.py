@@ -24,7 +24,7 @@ STEP_TIMEOUT = 60.0
 #: Bytes of a session's hidden states that stay in memory; older ones are spilled.
 HISTORY_MEMORY = 64 * 1024 * 1024
 
-#: Whether all decoding steps of a session have one size.
+#: Whether the sizes of decoding steps do not follow their tokens.
 PAD_STEPS = True
 
 #: Longest time to wait, in seconds: three years. The system takes no timeout of centuries.
@@ -49,8 +49,8 @@ class Connection:
         step_timeout: seconds without an answer after which a worker counts as too slow, if there is another one.
         history_memory: bytes of the hidden states that each session of a language model keeps in memory, to resume
             on another worker; the rest goes to an encrypted temporary file (in $TMPDIR).
-        pad_steps: whether all decoding steps of a session have one size, so that the queue cannot tell from it how
-            many tokens were drafted, accepted or forced by a grammar. It costs bytes, and no tokens.
+        pad_steps: whether the sizes of decoding steps do not follow their tokens, so that the queue cannot tell
+            how many were drafted, accepted or forced by a grammar. It costs bytes, and no tokens.
         on_notice: takes one line of text when a worker is lost, waited for or found, on any thread; None logs it as
             a warning.
         wait_for_first: whether to be patient also if no worker of any model is there, which else is an error at

@@ -13,6 +13,7 @@ from split_device.speculation.drafter import Drafter, TreeDrafter
 from split_device.speculation.drafters import TREES, make_drafter
 from split_device.speculation.names import AUTO
 from split_device.speculation.recycle import Successors
+from split_device.speculation.room import FREE, ROOMS, Room
 from split_device.speculation.step_times import StepTimes
 from split_device.speculation.tree import DraftTree
 
@@ -49,6 +50,8 @@ class Cycle(NamedTuple):
     rows: int
     tokens: int
     drafted: bool
+    #: Number of tokens that the steps had room for, beyond those that they had.
+    padding: int = 0
 
 
 class Pace:
@@ -57,12 +60,15 @@ class Pace:
     Args:
         longest: most tokens of a draft.
         clock: the time in seconds.
+        pads: whether steps are padded, to a size that it chooses for requests that draft as many tokens as pay.
     """
 
-    def __init__(self, longest: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, longest: int, clock: Callable[[], float] = time.monotonic, pads: bool = False) -> None:
         self.longest = longest
         self.clock = clock
         self.times = StepTimes()
+        #: How much room steps have; None if their sizes follow their tokens.
+        self.room = Room() if pads else None
         #: Seconds that drafts may still lose; None before it is known how long a cycle is.
         self.allowance: float | None = None
         #: Cycles between two drafts that are tried, and until the next one.
@@ -86,18 +92,28 @@ class Pace:
             accepted: how many of its drafted tokens were right.
             measures: whether it drafts as many tokens as pay. What others lose, they were asked to.
         """
-        seconds = self.times.observe(
-            cycle.rows, cycle.tokens, cycle.drafted, self.clock() - cycle.began, tokens / cycle.tokens
-        )
-        alone = self.times.seconds(cycle.rows, cycle.rows)
+        weight, slowdowns, rows = tokens / cycle.tokens, self.times.slowdowns, cycle.rows
+        took = self.clock() - cycle.began
+        # Padding that is always there is no choice.
+        padding = cycle.padding if self.room is not None else 0
+        seconds = self.times.observe(rows, cycle.tokens, cycle.drafted, took, weight, padding)
+        if self.room is not None:
+            self.room.stepped(weight)
+            if self.times.slowdowns > slowdowns:
+                self.room.look_again()
+        alone = self.times.seconds(rows, rows)
         if alone is None or not measures:
             return
         if self.allowance is None:
             self.allowance = FIRST_ALLOWANCE * alone
         gained = ALLOWANCE * seconds
-        if cycle.drafted:
-            gained += alone * (1 + accepted) - seconds
-        self.allowance = min(self.allowance + gained / cycle.rows, MOST_ALLOWANCE * alone)
+        if cycle.drafted or padding:
+            padded = alone
+            if self.room is not None:
+                padded = self.times.seconds(rows, rows, cycle.tokens + padding - rows) or alone
+            # What padding costs is no loss while it is hardly anything.
+            gained += min(padded, FREE * alone) * (1 + accepted) - seconds
+        self.allowance = min(self.allowance + gained / rows, MOST_ALLOWANCE * alone)
 
 
 class Speculation:
@@ -120,6 +136,9 @@ class Speculation:
         branches: bool = False,
     ) -> None:
         self._pace, self._drafter, self._measures, self._on_end = pace, drafter, measures, on_end
+        # A draft that there was no room for, and how many of its tokens came.
+        self._imagined: list[int] = []
+        self._came = 0
         #: Whether `tree` drafts more than one continuation.
         self.branches = branches
         # Whether the draft under way is of `tree`, whose tokens were not all tried.
@@ -137,6 +156,13 @@ class Speculation:
     def extend(self, tokens: Sequence[int]) -> None:
         """Goes on after these tokens: those of the prompt first."""
         self._drafter.extend(tokens)
+        for token in tokens if self._imagined else ():
+            if right := token == self._imagined[self._came]:
+                self._came += 1
+            if not right or self._came == len(self._imagined):
+                self._acceptance.record(len(self._imagined), self._came)
+                self._imagined, self._came = [], 0
+                break
 
     def checked(self, begun: int, tokens: Sequence[int], logits: torch.Tensor, accepted: int) -> None:
         """A step is through.
@@ -151,6 +177,8 @@ class Speculation:
         self._bet(0.0)
         if self.cycle is not None:
             self._pace.stepped(self.cycle, begun + drafted, accepted, self._measures)
+            if self._measures and self._pace.room is not None and self._pace.room.due:
+                self._choose_room(self._pace.room, self.cycle.rows)
             self.cycle = None
         if drafted and not self._in_tree:
             self._acceptance.record(drafted, accepted)
@@ -179,8 +207,12 @@ class Speculation:
         limit, probes = self._planned or self._choose(begun, limit, rows, others)
         self._planned = None
         draft = self._drafter.draft(limit) if limit > 0 else []
+        pace = self._pace
+        if pace.room is not None and pace.room.tokens == 1 and self._measures and not self._imagined:
+            # How well drafts fit is known without them: what would they have been?
+            self._imagined, self._came = self._drafter.draft(PROBE_TOKENS), 0
         if draft and self._measures:
-            pace = self._pace
+            self._imagined = []
             self._bet(self._loss(len(draft), rows, rows + others))
             pace.pays = not probes or pace.probe_after <= FIRST_PROBE
             pace.probe_after = min(LAST_PROBE, 2 * pace.probe_after) if probes else FIRST_PROBE
@@ -215,10 +247,15 @@ class Speculation:
             self._pace.allowance += self._stake - stake
             self._stake = stake
 
+    def _seconds(self, rows: int, tokens: int, room: int | None = None) -> float | None:
+        """How long a cycle takes with the padding that there is, or with so much room for each request."""
+        if room is None:
+            room = self._pace.room.tokens if self._pace.room is not None else 0
+        return self._pace.times.seconds(rows, tokens, max(0, rows * room - tokens))
+
     def _loss(self, length: int, rows: int, tokens: int) -> float:
         """Seconds that a draft adds to a cycle that has so many tokens without it."""
-        times = self._pace.times
-        longer, without = times.seconds(rows, tokens + length), times.seconds(rows, tokens)
+        longer, without = self._seconds(rows, tokens + length), self._seconds(rows, tokens)
         return longer - without if longer is not None and without is not None else 0.0
 
     def _affordable(self, length: int, rows: int, tokens: int) -> int:
@@ -232,18 +269,36 @@ class Speculation:
 
     def _length(self, begun: int, rows: int) -> int:
         """How many tokens of drafts pay, if all requests draft as many; 0 if none do."""
-        times = self._pace.times
-        if times.undrafted < UNDRAFTED_CYCLES or (alone := times.seconds(rows, rows * begun)) is None:
+        alone = self._seconds(rows, rows * begun)
+        if self._pace.times.undrafted < UNDRAFTED_CYCLES or alone is None:
             return 0
-        best, best_speed = 0, GAIN / alone
+        return self._fastest(begun, rows, None, self._acceptance, GAIN / alone)[0]
+
+    def _fastest(
+        self, begun: int, rows: int, room: int | None, acceptance: Acceptance, least: float
+    ) -> tuple[int, float]:
+        """The number of drafted tokens that promises most tokens per second, and these; 0 if that is `least`."""
+        best, best_speed = 0, least
         expected = all_right = 1.0
-        for length, chance in enumerate(self._acceptance.chances(), 1):
+        for length, chance in enumerate(acceptance.chances(), 1):
             all_right *= chance
-            if all_right < LEAST_CHANCE:
+            if all_right < LEAST_CHANCE or (room is not None and begun + length > room):
                 break
             expected += all_right
-            seconds = times.seconds(rows, rows * (begun + length))
+            seconds = self._seconds(rows, rows * (begun + length), room)
             assert seconds is not None
             if expected / seconds > best_speed:
                 best, best_speed = length, expected / seconds
-        return best
+        return best, best_speed
+
+    def _choose_room(self, room: Room, rows: int) -> None:
+        """Chooses the size of the next steps of all requests."""
+        acceptance = self._acceptance if rows == 1 else self._pace.acceptance
+        plain: dict[int, float] = {}
+        speeds: dict[int, float] = {}
+        for tokens in ROOMS:
+            if (seconds := self._seconds(rows, rows, tokens)) is None:
+                return
+            plain[tokens] = seconds
+            speeds[tokens] = self._fastest(1, rows, tokens, acceptance, 1 / seconds)[1]
+        room.choose(plain, speeds, self._pace.allowance or 0.0)
