@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,12 +103,12 @@ class Layers:
     dtype = torch.float32
     max_positions = 4096
     positions_interact = False
-    padding_matters = indivisible = takes_trees = False
+    padding_matters = indivisible = False
     divisible = True
     layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
 
-    def __init__(self, pages: int, asynchronous: bool) -> None:
-        self.asynchronous = asynchronous
+    def __init__(self, pages: int, asynchronous: bool, takes_trees: bool) -> None:
+        self.asynchronous, self.takes_trees = asynchronous, takes_trees
         self.fails = False
         self.store = PagePool({0: LayerShape(1, 1, 1)}, pages, torch.float32)
         self._keys = self.store.layers[0][0].view(-1).numpy()
@@ -120,11 +120,12 @@ class Layers:
             self.fails = False
             raise RuntimeError("a kernel failed")
         for run in runs:
+            run.settle()
             row = run.sequence
             count = run.cost
             new = row.append(count)
             self._keys[new] = mixed(run.states.view(-1).numpy(), np.asarray(run.positions))
-            outputs.append(torch.from_numpy(outcome(self._keys[row.slots()], count)).view(count, 1))
+            outputs.append(torch.from_numpy(outcomes(self._keys[row.slots()], count, run.parents)).view(count, 1))
         return Forward(torch.cat(outputs), [len(output) for output in outputs])
 
 
@@ -136,6 +137,23 @@ def outcome(keys: np.ndarray, count: int) -> np.ndarray:
     """The outputs of the last tokens of a row with these keys."""
     summed = np.cumsum(keys.astype(np.int64) * np.arange(1, len(keys) + 1)) % PRIME
     return summed[len(keys) - count :].astype(np.float32)
+
+
+def outcomes(keys: np.ndarray, count: int, parents: Sequence[int]) -> np.ndarray:
+    """As `outcome`; if the tokens are a tree, each output is that of a row with the path to its token alone."""
+    if not parents:
+        return outcome(keys, count)
+    past, new = keys[: len(keys) - count], keys[len(keys) - count :]
+    return np.concatenate([outcome(np.concatenate([past, new[path_to(parents, at)]]), 1) for at in range(count)])
+
+
+def path_to(parents: Sequence[int], token: int) -> list[int]:
+    """A token of a tree, after all of its ancestors."""
+    path: list[int] = []
+    while token >= 0:
+        path.insert(0, token)
+        token = parents[token]
+    return path
 
 
 class Mailbox:
@@ -381,6 +399,8 @@ class World:
         self.clock = Clock()
         self.clock.wait = lambda until: self.run(until)
         self.began = self.clock.now
+        #: Steps of trees that were computed, and those that a worker has refused because it takes none.
+        self.trees = self.refused_trees = 0
         #: What devices and workers counted, at the end.
         self.counters: Counter[str] = Counter()
         self._may_fail = True
@@ -489,7 +509,7 @@ class World:
     def start_worker(self) -> None:
         """It joins as events pass, since its start must not wait in the middle of what another one does."""
         link = Link(self, "worker-1")
-        layers: Any = Layers(self.pages, self.asynchronous)
+        layers: Any = Layers(self.pages, self.asynchronous, self.random.random() < 0.7)
         limits = WorkerLimits(
             max_sessions=self.random.choice([2, 3, 100]),
             evict_after=self.evict_after,

@@ -20,8 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from simulation import FAULTS, PRIME, World, link_of, mixed, outcome
-from split_common.errors import NoWorker
+from simulation import FAULTS, PRIME, World, link_of, mixed, outcome, outcomes, path_to
+from split_common.engine.trees import depths, is_chain
+from split_common.errors import NoWorker, UnsupportedFeature
 from split_common.trust.fleet import Fleet
 from split_device.models.cache import SessionCacheLayer
 from split_device.models.prepared import StepContext
@@ -38,7 +39,9 @@ CHUNKS = [
 ]
 
 #: What a sequence is made of, and how often.
-ACTS = ("step",) * 8 + ("speculate", "crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+ACTS = (
+    ("step",) * 8 + ("speculate", "branch", "branch", "crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,7 @@ class Generation:
         self.rows: list[list[int]] = [[] for _ in range(rows)]
 
     def step(self, choose: random.Random, tokens: int | None = None, room: int | None = None) -> None:
-        tokens = tokens or choose.choice([1, 1, 1, 2, 3, 9])
-        while len(self.rows) * (2 + (len(self.rows[0]) + tokens) // 4) > 14:
-            # More than the smallest worker's memory holds.
-            self.crop(choose)
-            tokens = 1
+        tokens = self._fitting(choose, tokens or choose.choice([1, 1, 1, 2, 3, 9]))
         length = len(self.rows[0])
         states = torch.tensor([[[float(choose.randrange(PRIME))] for _ in range(tokens)] for _ in self.rows])
         if not length and choose.random() < 0.5:
@@ -78,6 +77,13 @@ class Generation:
         for row, given_, got in zip(self.rows, states, output, strict=True):
             row += mixed(given_.view(-1).numpy(), positions).astype(int).tolist()
             assert got.view(-1).tolist() == outcome(np.asarray(row), tokens).tolist()
+
+    def _fitting(self, choose: random.Random, tokens: int) -> int:
+        """So many new tokens; or 1 after tokens were taken back, if the smallest worker's memory holds no more."""
+        while len(self.rows) * (2 + (len(self.rows[0]) + tokens) // 4) > 14:
+            self.crop(choose)
+            tokens = 1
+        return tokens
 
     def _output(self, states: torch.Tensor, context: StepContext) -> torch.Tensor:
         """A new session is not waited with for a first worker, one that was lost is."""
@@ -98,6 +104,42 @@ class Generation:
             if keep < len(self.rows[0]):
                 self.layer.crop(keep)
                 self.rows = [row[:keep] for row in self.rows]
+
+    def branch(self, choose: random.Random) -> None:
+        """Steps of a token and a tree, of which a path stays; as `ActiveRequest.drop_drafts` goes on."""
+        for _ in range(2):
+            if len(self.rows) > 1 or not self.rows[0] or not self.layer.takes_trees:
+                self.speculate(choose)
+                return
+            parents = [
+                -1,
+                *(choose.randrange(at) for at in range(1, self._fitting(choose, 1 + choose.randrange(6)))),
+            ]
+            (row,), tokens = self.rows, len(parents)
+            length = len(row)
+            states = torch.tensor([[[float(choose.randrange(PRIME))] for _ in parents]])
+            room, tree = choose.choice([None, 8]), () if is_chain(parents) else parents
+            self.world.spare_step()
+            try:
+                output = self._output(states, StepContext(room=room, parents=tree))
+                self.world.trees += bool(tree)
+            except UnsupportedFeature:
+                # Another worker has it, which takes none.
+                assert tree
+                self.world.refused_trees += 1
+                tokens, tree = 1, ()
+                output = self._output(states[:, :1], StepContext(room=room))
+            places = np.asarray([length + depth for depth in depths(parents[:tokens])])
+            keys = mixed(states.view(-1).numpy()[:tokens], places).astype(int)
+            assert (
+                output.view(-1).tolist() == outcomes(np.asarray([*row, *keys]), tokens, parents[:tokens]).tolist()
+            )
+            path = path_to(parents, choose.randrange(tokens))
+            if tree:
+                self.layer.keep(length + 1, [token - 1 for token in path[1:]])
+            elif len(path) < tokens:
+                self.layer.crop(length + len(path))
+            row += keys[path].tolist()
 
     def crop(self, choose: random.Random) -> None:
         length = len(self.rows[0])
@@ -145,8 +187,8 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
             case "step":
                 generation.step(choose)
                 faults = 0
-            case "speculate":
-                generation.speculate(choose)
+            case "speculate" | "branch":
+                getattr(generation, act)(choose)
                 faults = 0
             case "copy":
                 if len(generations) < 4:
@@ -168,7 +210,8 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
         generation.step(choose)
         generation.layer.reset()
     check_nothing_left(world, client)
-    world.counters = client.counters + sum((worker.counters for worker in world.workers), Counter())
+    trees = Counter(trees=world.trees, refused_trees=world.refused_trees)
+    world.counters = trees + client.counters + sum((worker.counters for worker in world.workers), Counter())
     return world
 
 
@@ -197,7 +240,7 @@ def acts_of(number: int) -> list[str]:
 
 def test_the_world_is_rough(fleet: Fleet) -> None:
     """What the other tests rely on does happen."""
-    happened = ("replays", "late", "evictions", "hung", "channels", "steps")
+    happened = ("replays", "late", "evictions", "hung", "channels", "steps", "trees", "refused_trees")
     refused = ("busy", "full", "lost", "failed", "evicted")
     missing = {*happened, *(f"refused_{reason}" for reason in refused)}
     for number in range(300):
