@@ -21,7 +21,7 @@ from split_common.errors import Malformed
 from split_common.models.loading import read_spec
 from split_common.models.split import Split
 from split_common.protocol import encoding, payloads
-from split_common.protocol.capabilities import CAPABILITIES, TREES
+from split_common.protocol.capabilities import CAPABILITIES, OUTPUTS, PADDED_STEPS, TREES
 from split_common.protocol.handshake import WorkerHandshake
 from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generator, Request
@@ -134,7 +134,9 @@ def test_a_text_that_ends_in_a_tree_is_a_beginning_for_later_ones(
         assert later.cached_tokens >= len(prompt)
 
 
+@pytest.mark.parametrize("lacking", [TREES, OUTPUTS, PADDED_STEPS])
 def test_a_worker_that_takes_no_trees_gets_chains(
+    lacking: str,
     checkpoint: Path,
     wanted: list[Any],
     branching: str,
@@ -142,7 +144,7 @@ def test_a_worker_that_takes_no_trees_gets_chains(
     sent: list[payloads.Step],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    without = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {TREES})
+    without = functools.partial(WorkerHandshake, capabilities=CAPABILITIES - {lacking})
     monkeypatch.setattr(worker_module, "WorkerHandshake", without)
     with (
         running_broker() as broker,

@@ -200,6 +200,24 @@ def test_what_was_changed_or_swapped_in_the_file_is_not_taken() -> None:
         file.read(second)
 
 
+def test_what_is_replayed_does_not_show_the_steps_it_was_made_of() -> None:
+    sizes, states, places = [], torch.arange(150.0).repeat(WIDTH, 1).T[None], torch.arange(150)[None]
+    for lengths in ([150], [1] * 150, [31, *[5, 1, 16] * 6], [149, 1], [100, *[7] * 9]):
+        history, begin = History(0), 0
+        for length in lengths:
+            end = min(150, begin + length)
+            # A wrong draft, which is taken back.
+            history.append(*(torch.cat([each[:, begin:end], each[:, :3]], 1) for each in (states, places)))
+            history.crop(end)
+            begin = end
+        if begin < 150:
+            history.append(states[:, begin:], places[:, begin:])
+        parts = list(history.replay(torch.ones(1, 150, dtype=torch.bool), False))
+        assert torch.equal(torch.cat([packed for _, packed, _ in parts]), states[0])
+        sizes.append([len(packed) for _, packed, _ in parts])
+    assert sizes == [[32, 32, 32, 32, 22]] * len(sizes)
+
+
 def full_disk(*_: Any) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -189,6 +189,9 @@ class History:
     ) -> Iterator[tuple[list[PlacedRun], torch.Tensor, int | None]]:
         """The runs that rebuild the cache, their states `[tokens, width]`, and their call's largest position.
 
+        Unless they are asked for by call, all but the last ones have as many columns as a block, whatever calls
+        have appended them: their sizes show how long the text is, and not of which steps it was made.
+
         Args:
             columns: which columns hold tokens and not padding, bool `[batch, columns]`.
             by_call: whether to yield the columns of each call together; if not, the position is None.
@@ -212,13 +215,18 @@ class History:
             except (OSError, AuthenticationError) as error:
                 raise HistoryLost(f"the session's spilled history cannot be read back: {error}") from None
             offset, end = done, done + part.columns
+            most = max(1, BLOCK_BYTES // max(1, part.size // part.columns))
             while done < end:
-                stop = min(end, self._call_ends[call]) if by_call else end
+                if by_call:
+                    whole = self._call_ends[call]
+                else:
+                    whole = min(self._length, begin + most) if done - begin < most else end
+                stop = min(end, whole)
                 here = slice(done - offset, stop - offset)
                 pieces.append((states[:, here], positions[:, here]))
                 done = stop
-                if (by_call and stop < self._call_ends[call]) or _is_open(positions[:, here]):
-                    break
+                if stop < whole or _is_open(positions[:, here]):
+                    continue
                 if runs := _runs(columns, begin, torch.cat([places for _, places in pieces], 1)):
                     packed = torch.cat([piece for piece, _ in pieces], 1)[columns[:, begin:stop]]
                     yield runs, packed, self._horizons[call] if by_call else None

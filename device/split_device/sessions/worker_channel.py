@@ -38,7 +38,8 @@ class WorkerChannel:
     @property
     def takes_trees(self) -> bool:
         """Whether the worker takes several continuations at once."""
-        return TREES in self.crypto.capabilities
+        # A step that is a tree is padded, and says which outputs it wants.
+        return self.pads and TREES in self.crypto.capabilities
 
     @property
     def usable(self) -> bool:
