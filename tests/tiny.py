@@ -229,7 +229,18 @@ UNPADDED = tuple(_UNPADDED)
 REFUSED = tuple(_REFUSED)
 
 
-_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_HYBRID, **_LINKED, **_UNPADDED, **_REFUSED}
+# For `mtp_checkpoints`. The tensors of its MTP layer, which has a window, have a name of their own.
+_MTP = {
+    "mellum": {
+        **_HEAD_DIM,
+        **_WINDOW,
+        **_EXPERTS,
+        "layer_types": ["full_attention", "sliding_attention"] * (LAYERS // 2) + ["sliding_attention"],
+    },
+}
+
+
+_ALL = {**_LISTED, **_UNLISTED, **_ODD, **_HYBRID, **_LINKED, **_UNPADDED, **_REFUSED, **_MTP}
 
 
 def build(arch: str, **changes: Any) -> PreTrainedModel:

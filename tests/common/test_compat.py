@@ -82,6 +82,19 @@ def test_what_a_model_calls_the_tensors_of_a_checkpoint() -> None:
     assert renamed.popitem()[1] in model.state_dict()
 
 
+def test_tensors_of_mtp_layers_have_names_of_their_own() -> None:
+    named(transformers.modeling_layers.MtpModel, "get_weight_conversions", compat_transformers.mtp_names)
+    names = {
+        "model.layers.6.enorm.weight": "layers.0.enorm.weight",
+        "model.layers.6.shared_head.norm.weight": "layers.0.post_norm.weight",
+        "model.layers.6.self_attn.o_proj.weight": "layers.0.mtp_block.self_attn.o_proj.weight",
+        "model.layers.7.hnorm.weight": "layers.1.hnorm.weight",
+        "mtp.fc.weight": "layers.0.eh_proj.weight",
+        "mtp.layers.0.mlp.gate.weight": "layers.0.mtp_block.mlp.gate.weight",
+    }
+    assert compat_transformers.mtp_names(6, 2, names) == names
+
+
 def test_a_model_is_loaded_from_tensors_past_a_from_pretrained_of_its_own(llama: Any) -> None:
     class Own(transformers.LlamaForCausalLM):
         @classmethod

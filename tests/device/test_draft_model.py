@@ -16,8 +16,9 @@ from split_common.engine.runner import Runner
 from split_common.errors import ConfigError, SplitError, UnsupportedFeature
 from split_device.cli.doctor_draft import asked_draft_model, draft_findings
 from split_device.generation.draft_layers import check_tokens
-from split_device.generation.draft_model import DraftModel, DraftSequence
+from split_device.generation.draft_model import DraftModel
 from split_device.generation.generator import Generation, Generator, Request
+from split_device.generation.loaded_drafts import DraftSequence
 from split_device.speculation.speculation import Speculation
 from split_device.speculation.spine import SpineDrafter, SpinePredictor
 from wiretap import LATE
@@ -305,12 +306,12 @@ def test_tokens_that_were_added_may_differ(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_doctor_tries_a_draft_model(checkpoint: Path, drafting: Path, tmp_path: Path) -> None:
-    (found,) = draft_findings(str(drafting), str(checkpoint))
+    (found,) = draft_findings(f"draft:{drafting}", str(checkpoint))
     assert (found.subject, found.status) == ("draft model", "ok")
-    (found,) = draft_findings(str(tiny.save("llama", tmp_path / "bare")), str(checkpoint))
+    (found,) = draft_findings(f"draft:{tiny.save('llama', tmp_path / 'bare')}", str(checkpoint))
     assert (found.status, "no tokenizer" in found.detail) == ("problem", True)
     hybrid = tiny.save_tokenizer(tiny.save("qwen3_5_text", tmp_path / "hybrid"))
-    (found,) = draft_findings(str(checkpoint), str(hybrid))
+    (found,) = draft_findings(f"draft:{checkpoint}", str(hybrid))
     assert (found.status, "takes no drafts: its layers keep states" in found.detail) == ("problem", True)
     with pytest.raises(ConfigError, match="--speculate ngram needs no check"):
         asked_draft_model("ngram", str(checkpoint))

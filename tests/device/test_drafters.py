@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from split_common.errors import ConfigError
 from split_device.speculation.drafters import DRAFTERS, make_drafter
-from split_device.speculation.names import AUTO, OFF, SPECULATE
+from split_device.speculation.names import AUTO, MTP, OFF, SPECULATE
 from split_device.speculation.ngram import LONGEST, SHORTEST, NgramDrafter
 from split_device.speculation.recycle import Successors
 
@@ -45,9 +45,9 @@ def test_a_draft_has_known_tokens_and_is_not_too_long(name: str, text: list[int]
 
 
 def test_what_may_be_asked_for_is_what_there_is() -> None:
-    assert sorted(SPECULATE) == sorted([AUTO, OFF, *DRAFTERS])
+    assert sorted(SPECULATE) == sorted([AUTO, OFF, *DRAFTERS, MTP])
 
 
 def test_there_is_no_drafter_of_another_name() -> None:
-    with pytest.raises(ConfigError, match="invalid speculate 'mtp': expected one of ngram, suffix"):
-        make_drafter("mtp", Successors())
+    with pytest.raises(ConfigError, match="invalid speculate 'eagle': expected one of ngram, suffix"):
+        make_drafter("eagle", Successors())

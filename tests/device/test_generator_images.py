@@ -96,7 +96,7 @@ def test_what_texts_need_alone_is_packed(both: tuple[Model, Model]) -> None:
     """The copy that embeds texts has a few of the model's weights, and the model keeps them all."""
     _, split = both
     before = sum(parameter.numel() for parameter in split.parameters())
-    local = LocalLayers(split)._embedding_and_head._model
+    local = LocalLayers(split).ends._model
     tower = 2 * (4 * 32 * 32 + 2 * 32 * 48)
     assert sum(parameter.numel() for parameter in local.parameters()) < before - tower
     assert sum(parameter.numel() for parameter in split.parameters()) == before

@@ -132,7 +132,7 @@ def test_batches(
         ("stop_token_ids", [-1]),
         ("bad_words", [""]),
         ("ignore_eos", 1),
-        ("speculate", "mtp"),
+        ("speculate", "eagle"),
     ],
 )
 def test_fields_out_of_bounds(field: str, value: Any) -> None:

@@ -325,7 +325,7 @@ def test_models_that_cannot_take_tokens_back_are_refused_by_name(tmp_path: Path)
 
 
 def test_what_there_is_not_is_refused(split: Any) -> None:
-    with pytest.raises(ConfigError, match="invalid speculate 'mtp': expected one of auto, off"):
-        Generator(split, speculate="mtp")
+    with pytest.raises(ConfigError, match="invalid speculate 'eagle': expected one of auto, off"):
+        Generator(split, speculate="eagle")
     with Generator(split) as generator, pytest.raises(ConfigError, match="invalid speculate ''"):
         generator.submit(Request([5], greedy(1), speculate=""))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import chat_template_utils
 from transformers.utils.output_capturing import (
@@ -69,6 +69,25 @@ def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
             new = rename_source_key(name, [], [], model.base_model_prefix, known)[0]
         renamed[name] = new
     return renamed
+
+
+def mtp_names(layers: int, count: int, names: Iterable[str]) -> dict[str, str]:
+    """What transformers calls the tensors of MTP layers, by their names in a checkpoint.
+
+    These are names in its `MtpModel`: `layers.0.mtp_block.` and a name within a decoder layer, and
+    `layers.0.enorm.weight`, `hnorm`, `eh_proj` and `post_norm`.
+
+    Args:
+        layers: the number of the model's decoder layers, behind which the MTP layers may be counted.
+        count: the number of its MTP layers.
+
+    Written against transformers 5.24. If it breaks, look at `MtpModel.get_weight_conversions` in
+    `modeling_layers.py`.
+    """
+    numbers = range(layers, layers + count)
+    renamings = [WeightRenaming(f"layers.{n}.", f"layers.{n - layers}.mtp_block.") for n in numbers]
+    renamings += get_checkpoint_conversion_mapping("MtpModel") or []
+    return {name: rename_source_key(name, renamings, [])[0] for name in names}
 
 
 def load_state(

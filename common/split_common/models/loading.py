@@ -197,6 +197,7 @@ def load_part(
     dtype: torch.dtype | None = None,
     bases: tuple[type, ...] = (),
     fill: Callable[[int], PassThrough] = lambda _: PassThrough(),
+    state: dict[str, torch.Tensor] | None = None,
 ) -> tuple[Any, LayerStack]:
     """Loads a side's part of a model on the CPU. Tensors whose dtype stays the same are mapped from the file.
 
@@ -206,6 +207,7 @@ def load_part(
         dtype: of the parameters; None keeps the checkpoint's.
         bases: further classes that the model's class derives from.
         fill: makes the layer in one of the body's slots, given its index (device only).
+        state: tensors by their names in the checkpoint, in place of those that it has under these.
 
     Raises:
         InvalidSplit: the cut parts layers of which one uses what the other has computed.
@@ -216,7 +218,8 @@ def load_part(
     model_class = _part_class(spec, split, side, bases, fill)
     try:
         with _quiet():
-            state = _read_state(spec, model_class, spec.own_tensors(split, side), dtype)
+            if state is None:
+                state = _read_state(spec, model_class, spec.own_tensors(split, side), dtype)
             model, info = load_state(model_class, spec.config, state, dtype)
         if info["missing_keys"]:
             raise MissingTensor(f"{spec.checkpoint.name} lacks the tensor {min(info['missing_keys'])}")

@@ -63,7 +63,7 @@ def doctor(
             parser=parse_speculate,
             metavar=SPECULATE_METAVAR,
             rich_help_panel=MODEL_PANEL,
-            help="Also check whether the small model of draft:MODEL can draft for the other one.",
+            help="Also check whether the small model of draft:MODEL, or mtp, can draft for the model.",
         ),
     ] = None,
     json: JsonOption = False,

@@ -311,7 +311,7 @@ SpeculateOption = Annotated[
         rich_help_panel=SPECULATION_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
         "the same. auto guesses only as many as pay. draft:MODEL has a small model with the same tokenizer guess "
-        "here, as often as that pays.",
+        "here, as often as that pays; mtp has layers that some checkpoints bring for that.",
     ),
 ]
 JobSpeculateOption = Annotated[
@@ -322,7 +322,7 @@ JobSpeculateOption = Annotated[
         metavar=SPECULATE_METAVAR,
         rich_help_panel=SPECULATION_PANEL,
         show_default="the agent's",
-        help="How to guess the next tokens of this job. A draft model must be the agent's.",
+        help="How to guess the next tokens of this job. A draft model, or mtp, must be the agent's.",
     ),
 ]
 GiveUpOption = Annotated[

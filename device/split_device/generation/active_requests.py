@@ -18,7 +18,7 @@ from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
 from split_device.models.cache import SessionCacheLayer
 from split_device.speculation.drafters import TREE_TOKENS, TREES
-from split_device.speculation.names import OFF
+from split_device.speculation.names import MTP, OFF
 
 
 def _room(generation: Generation, layers: LocalLayers) -> int:
@@ -92,7 +92,9 @@ class ActiveRequests:
             deque([first, *later]),
             len(first),
             self._layers.indivisible,
-            self._layers.tail is None and generation.request.prompt_logprobs is None,
+            self._layers.tail is None
+            and generation.request.prompt_logprobs is None
+            and generation.speculate != MTP,
             _room(generation, self._layers),
         )
         generation.session = request.session.identity.label

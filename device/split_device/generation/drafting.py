@@ -6,16 +6,20 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.generation.active import ActiveRequest
 from split_device.generation.checking import Checked
-from split_device.generation.draft_model import DraftModel, DraftSequence
+from split_device.generation.draft_model import DraftModel
 from split_device.generation.limits import Limits
+from split_device.generation.loaded_drafts import DraftSequence, LoadedDrafts
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
+from split_device.generation.mtp import MtpDrafts, MtpSequence
 from split_device.speculation.drafter import Drafter
 from split_device.speculation.drafters import TREE_TOKENS, check_choice
-from split_device.speculation.names import AUTO, DRAFT, OFF, draft_model
+from split_device.speculation.names import AUTO, DRAFT, MTP, OFF, draft_model, is_loaded
 from split_device.speculation.speculation import Cycle, Pace, Speculation
 from split_device.speculation.spine import SpineDrafter
 
@@ -55,16 +59,22 @@ class Drafting:
         self._layers = layers
         self._default = limits.speculate
         #: Drafts for requests that ask for it; None if the default is another drafter.
-        self._model: DraftModel | None = None
+        self._model: LoadedDrafts[Any] | None = None
         self._sequences: dict[ActiveRequest, DraftSequence] = {}
         #: When the drafts of the present turn were begun, by the pace's clock.
         self._began = 0.0
         #: Number of requests that decode, and of the tokens in their drafts, as far as the present turn has come.
         self._rows = self._drafted = 0
         self.choose(self._default)
-        if (name := draft_model(self._default)) is not None:
-            memory = limits.kv_memory if limits.kv_memory is not None else KV_MEMORY
-            self._model = DraftModel(name, model, layers.vocabulary, memory, tokenizer)
+        if is_loaded(self._default):
+            memory, name = (
+                limits.kv_memory if limits.kv_memory is not None else KV_MEMORY,
+                draft_model(self._default),
+            )
+            if name is None:
+                self._model = MtpDrafts(model, layers, memory)
+            else:
+                self._model = DraftModel(name, model, layers.vocabulary, memory, tokenizer)
             # What its drafts cost says nothing of those of others.
             self._model_pace = Pace(DECODE_TOKENS - 1)
 
@@ -82,15 +92,16 @@ class Drafting:
             asked: as `Request.speculate`; None for the default.
 
         Raises:
-            ConfigError: there is no such drafter, or it is a draft model that was not loaded.
+            ConfigError: there is no such drafter, or its weights were not loaded.
             UnsupportedFeature: the model cannot take tokens back.
         """
         wanted = self._default if asked is None else asked
         name = check_choice(wanted) if isinstance(wanted, str) else type(wanted).__name__
-        if draft_model(wanted) is not None and name != self._default:
+        if is_loaded(wanted) and name != self._default:
+            option = MTP if name == MTP else f"{DRAFT}MODEL"
             raise ConfigError(
-                f"speculate {name!r} was not loaded: the process that generates loads a draft model when it starts "
-                f"with --speculate {DRAFT}MODEL"
+                f"speculate {name!r} was not loaded: the process that generates loads such weights when it starts "
+                f"with --speculate {option}"
             )
         if self._refused is None or name == OFF:
             return wanted
@@ -104,8 +115,8 @@ class Drafting:
         self._drafted = sum(len(each.drafts) for each in self._active)
 
     def begun(self, request: ActiveRequest) -> None:
-        """A request has begun. If a draft model drafts for it, memory is reserved, and it may read the prompt."""
-        if draft_model(request.generation.speculate) is None or request.undivided or request.ended:
+        """A request has begun. If loaded layers draft for it, memory is reserved, and they may read the prompt."""
+        if not is_loaded(request.generation.speculate) or request.undivided or request.ended:
             return
         if (speculation := self._start_model(request)) is None:
             # Nobody waits for memory that only drafts need.
@@ -135,6 +146,11 @@ class Drafting:
         self._model.read()
         return True
 
+    def computed(self, request: ActiveRequest, states: torch.Tensor) -> None:
+        """The tail has computed states `[tokens, width]` of a request's next tokens, which MTP layers need."""
+        if isinstance(sequence := self._sequences.get(request), MtpSequence):
+            sequence.computed(states)
+
     def checked(self, checked: Checked) -> None:
         """A request's step is through, and its next tokens are chosen."""
         request, drafted = checked.request, len(checked.request.drafts)
@@ -146,7 +162,7 @@ class Drafting:
             self._counters.update({"drafted_tokens": drafted, "accepted_tokens": checked.matched})
         if request.generation.speculate == OFF or request.undivided:
             return
-        if request.speculation is None and draft_model(request.generation.speculate) is not None:
+        if request.speculation is None and is_loaded(request.generation.speculate):
             self.begun(request)
             return
         if request.speculation is None:
@@ -156,6 +172,8 @@ class Drafting:
             request.speculation.extend(text[-PROMPT_TOKENS:])
         else:
             request.speculation.extend(checked.tokens)
+        if isinstance(sequence := self._sequences.get(request), MtpSequence):
+            sequence.chosen(drafted - checked.matched, len(checked.tokens) - checked.matched)
         tokens = [request.last_token, *request.drafts]
         request.speculation.checked(request.step_tokens - drafted, tokens, checked.logits, checked.matched)
 
@@ -189,14 +207,14 @@ class Drafting:
                 continue
             limit = request.speculation.plan(len(tokens), _limit(request, tokens), self._rows, drafted)
             drafted += limit
-            if limit:
+            if limit and sequence.can_begin(len(tokens)):
                 asked.append((sequence, limit))
         if self._model is not None:
             self._model.foresee(asked)
             for request, _ in going:
                 self._stop_drafts(request, self._model)
 
-    def _stop_drafts(self, request: ActiveRequest, model: DraftModel) -> None:
+    def _stop_drafts(self, request: ActiveRequest, model: LoadedDrafts[Any]) -> None:
         """If the draft model has given up a request's text, the request goes on without drafts, and says so."""
         sequence = self._sequences.get(request)
         if sequence is not None and request.speculation is not None and not model.drafts_for(sequence):

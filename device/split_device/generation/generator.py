@@ -55,8 +55,7 @@ class Generator:
     """Generates for many requests at once; a context manager. `close` ends its thread. Any thread may use it.
 
     Args:
-        model: a model made by `SplitModelForCausalLM.from_pretrained`. Other code may use it at the same
-            time. It stays open when the generator is closed.
+        model: made by `SplitModelForCausalLM.from_pretrained`. Others may use it at the same time. It stays open.
         limits: how much runs at once.
         max_requests, kv_memory, prefix_cache, speculate: instead of those of the limits.
         tokenizer: whose tokens a draft model must have; None for the one beside the model.
@@ -244,7 +243,8 @@ class Generator:
 
     def _run_tail(self) -> None:
         for request, outcome in self._forward("tail", self._tail):
-            states = self._states_of(request, outcome)
+            if (states := self._states_of(request, outcome)) is not None:
+                self._drafting.computed(request, states)
             if states is not None and request.parts_in_tail:
                 request.parts_in_tail -= 1
             elif states is not None and not self._scorer.add(request, states):

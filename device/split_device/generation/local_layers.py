@@ -52,7 +52,8 @@ class LocalLayers:
         parts: SplitParts = model.split_parts
         self._adapters, self._adapter_count = parts.adapters, len(parts.adapters)
         split = parts.split
-        self._embedding_and_head = EmbeddingAndHead(model)
+        #: What comes before the head's layers and after the tail's.
+        self.ends = EmbeddingAndHead(model)
         config = model.config.get_text_config(decoder=True)
         layers = split.first + split.layers - split.last
         #: Number of logits of each token.
@@ -109,11 +110,11 @@ class LocalLayers:
         self, tokens: Sequence[int], positions: Sequence[int], adapters: Sequence[AdapterNumber]
     ) -> torch.Tensor:
         """The first layer's input `[tokens, width]`, on the CPU, for tokens with these positions and adapters."""
-        return self._embedding_and_head.embed(tokens, positions, adapters)
+        return self.ends.embed(tokens, positions, adapters)
 
     def logits(self, states: torch.Tensor, adapters: Sequence[AdapterNumber]) -> torch.Tensor:
         """Logits, float32 `[rows, vocabulary]` on the CPU, of the last layer's output `[rows, width]`."""
-        return self._embedding_and_head.logits(states, adapters)
+        return self.ends.logits(states, adapters)
 
 
 @dataclass
@@ -167,6 +168,23 @@ class EmbeddingAndHead:
             self._stack.owner(input_ids=ids, **arguments)
         assert passage.first_input is not None
         return passage.first_input[0].cpu()
+
+    @torch.inference_mode()
+    def last_states(self, states: torch.Tensor) -> torch.Tensor:
+        """What the model's head takes, of the last layer's output: both `[rows, width]`."""
+        incoming = states[None].to(self._device, self._dtype)
+        with _passing.entered(_Passage(incoming)):
+            output = self._stack.owner(
+                inputs_embeds=torch.zeros_like(incoming), **self._arguments(range(len(states)))
+            )
+        last: torch.Tensor = output[0][0]
+        return last
+
+    @torch.inference_mode()
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 `[rows, vocabulary]`, that the model's head alone makes of states `[rows, width]`."""
+        logits: torch.Tensor = self._model.get_output_embeddings()(states.to(self._device, self._dtype))
+        return logits.float()
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor, adapters: Sequence[AdapterNumber]) -> torch.Tensor:

@@ -24,7 +24,7 @@ from split_device.models.cache import SessionCacheLayer
 from split_device.models.prepared import StepContext
 from split_device.speculation.drafters import DRAFTERS, TREES, make_drafter
 from split_device.speculation.forecast import CycleTimes, Forecast, SampleText, forecast
-from split_device.speculation.names import AUTO, OFF, SPECULATE
+from split_device.speculation.names import AUTO, MTP, OFF, SPECULATE
 from split_device.speculation.recycle import Successors
 
 #: Tokens of a step that are measured, by how many sessions are at once.
@@ -54,8 +54,8 @@ LIKELY = 16
 #: How often a drafter is timed.
 LEARN_TIMES = 5
 
-#: What can be predicted: not drafts of several continuations, whose steps are not measured.
-PREDICTED = tuple(name for name in SPECULATE if name not in TREES)
+#: What can be predicted: not drafts of several continuations, whose steps are not measured, nor those of weights.
+PREDICTED = tuple(name for name in SPECULATE if name not in (*TREES, MTP))
 
 #: Stages of a step that a codec's own computation takes, on the device and on the worker.
 CODEC_STAGES = ("encode", "decode", "worker")

@@ -13,7 +13,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from split_common.compat.transformers import active_captures, captured_outputs
-from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import UnsupportedFeature
 from split_common.models.cache_layers import States, copy_states, crop_keys, has_states, restore_states, was_used
 from split_common.models.layer_stack import PassThrough
@@ -48,16 +47,6 @@ class Generating:
     def step_room(self) -> int | None:
         """`StepContext.room` of its next step; that of the prompt is as large as the prompt."""
         return None if self.step_ended is None else self.room
-
-
-def room_of(options: Mapping[str, Any]) -> int:
-    """The tokens for which decoding steps of `generate` have room, given its options."""
-    assistant, lookup = options.get("assistant_model"), options.get("prompt_lookup_num_tokens")
-    if assistant is None and lookup is None:
-        return 1
-    config = getattr(assistant, "generation_config", None)
-    drafted = lookup if assistant is None else getattr(config, "num_assistant_tokens", None)
-    return max(DECODE_TOKENS, 1 + int(drafted or 0))
 
 
 #: The forward that is under way.

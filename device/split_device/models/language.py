@@ -15,7 +15,6 @@ from split_common.compat.transformers import (
     attention_implementation,
     declare_croppable,
     install_capturing_hooks,
-    is_stateful,
 )
 from split_common.errors import ConfigError, PromptTooLong, UnsupportedFeature
 from split_common.models.cache_layers import cached_tokens, was_used
@@ -29,7 +28,8 @@ from split_common.models.verification import find_manifest
 from split_common.protocol import payloads
 from split_device.models.adapters import AdapterDirectories, ModelAdapters, WithAdapters, adapter_directories
 from split_device.models.additions import check_additions
-from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating, room_of
+from split_device.models.assisted import check_assisted
+from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.compression import known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
 from split_device.models.masks import plain_mask
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 else:
     # The checkpoint's own class is mixed in when a model is loaded.
     _OwnClass = object
-
-#: Options of `generate` that ask for assisted decoding.
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 #: Values of `cache_implementation` that can be split: a session is a layer of a dynamic cache.
 _DYNAMIC = (None, "dynamic", "dynamic_full")
@@ -249,29 +246,15 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def _check_options(self, config: Any, kwargs: dict[str, Any]) -> int:
-        """The `room_of` a call of `generate`. Raises UnsupportedFeature for what it, or a default, asks for."""
+        """As `check_assisted`. Raises UnsupportedFeature for what a call of `generate`, or a default, asks for."""
         options: dict[str, Any] = {}
         for given in (vars(self.generation_config), vars(config) if config is not None else {}, kwargs):
             options |= {name: value for name, value in given.items() if value is not None}
         if (name := options.get("cache_implementation")) not in _DYNAMIC:
             raise UnsupportedFeature(f"cache_implementation={name!r} does not run split: use a dynamic cache")
-        if "assistant_early_exit" in options:
-            raise UnsupportedFeature(
-                "assistant_early_exit does not run split, because layers that would draft are on the worker: use "
-                "prompt_lookup_num_tokens or assistant_model"
-            )
-        if "speculate" in options:
-            raise UnsupportedFeature(
-                "speculate is an argument of Request and Generator: generate takes prompt_lookup_num_tokens or "
-                "assistant_model"
-            )
+        room = check_assisted(self, options)
         self._check_outputs(options)
-        if is_stateful(self) and any(options.get(name) for name in _ASSISTED):
-            raise UnsupportedFeature(
-                "assisted decoding takes tokens back, which the device's layers with states cannot do: use it "
-                "with head_layers and tail_layers that leave all such layers to the worker, e.g. 0"
-            )
-        return room_of(options)
+        return room
 
     def _check_length(self, tokens: int) -> None:
         if tokens > (limit := self.split_parts.max_positions):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from split_common.errors import ConfigError
 from split_device.speculation.combined import CombinedPredictor
 from split_device.speculation.drafter import Drafter
-from split_device.speculation.names import AUTO, OFF, check_speculate
+from split_device.speculation.names import AUTO, MTP, OFF, check_speculate
 from split_device.speculation.ngram import NgramDrafter
 from split_device.speculation.recycle import RecyclePredictor, Successors
 from split_device.speculation.suffix import SuffixPredictor
@@ -51,9 +51,9 @@ def make_drafter(name: str, successors: Successors) -> Drafter:
 
 
 def check_choice(name: str) -> str:
-    """What a request asks for, if it is `auto`, `off`, a drafter that there is, or a draft model.
+    """What a request asks for, if it is `auto`, `off`, a drafter that there is, MTP layers, or a draft model.
 
     Raises:
         ConfigError: it is something else.
     """
-    return check_speculate(name, [AUTO, OFF, *DRAFTERS])
+    return check_speculate(name, [AUTO, OFF, *DRAFTERS, MTP])
