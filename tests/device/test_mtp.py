@@ -9,7 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    GenerationConfig,
+)
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
@@ -231,7 +236,7 @@ def test_generate_runs_them_as_transformers_does(predicting: Path, monkeypatch: 
     prompt = torch.tensor([[5, 17, 33, 9]])
     with split_model(predicting, 2, 1) as model:
         pattern = [rf"model\.layers\.{tiny.LAYERS}\."]
-        monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", pattern)
+        monkeypatch.setattr(model, "_keys_to_ignore_on_load_unexpected", pattern)
         plain = model.generate(prompt, generation_config=greedy())
         steps = model.timings.steps
         assert torch.equal(model.generate(prompt, generation_config=greedy(), use_mtp=True), plain)
@@ -251,3 +256,24 @@ def test_doctor_tries_them(predicting: Path, tmp_path: Path) -> None:
     assert (found.subject, found.status) == ("MTP layers", "ok")
     (found,) = draft_findings("mtp", str(tiny.save("llama", tmp_path / "llama")))
     assert (found.status, "knows of no MTP layers" in found.detail) == ("problem", True)
+
+
+def test_an_assistant_reads_keys_and_values_of_the_tail(tmp_path: Path) -> None:
+    changes = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    directory = tiny.save("gemma4_text", tmp_path / "gemma", **changes)
+    unsplit = AutoModelForCausalLM.from_pretrained(directory)
+    kinds = ["sliding_attention", "full_attention"]
+    text = unsplit.config.to_dict() | {"num_hidden_layers": 2, "num_kv_shared_layers": 2, "layer_types": kinds}
+    text |= {"head_dim": 8, "global_head_dim": 8, "enable_moe_block": False, "use_double_wide_mlp": False}
+    text.pop("per_layer_config", None)
+    assistant = Gemma4AssistantForCausalLM(Gemma4AssistantConfig(text_config=text, backbone_hidden_size=32)).eval()
+    assistant.generation_config.num_assistant_tokens = 3
+    prompt = torch.tensor([[5, 17, 33, 9]])
+    plain = unsplit.generate(prompt, generation_config=greedy())
+    with split_model(directory) as model:
+        assert torch.equal(model.generate(prompt, generation_config=greedy(), assistant_model=assistant), plain)
+    with (
+        split_model(directory, 2, 1) as model,
+        pytest.raises(UnsupportedFeature, match="tail_layers of at least 2"),
+    ):
+        model.generate(prompt, assistant_model=assistant)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from split_common.compat.transformers import is_stateful
+from split_common.compat.transformers import forward_parameters, is_stateful
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import UnsupportedFeature
 
@@ -43,6 +43,8 @@ def check_assisted(model: Any, options: Mapping[str, Any]) -> int:
         )
     if options.get("use_mtp"):
         _check_mtp(model)
+    if (assistant := options.get("assistant_model")) is not None:
+        _check_assistant(model, assistant)
     return _room(options)
 
 
@@ -57,6 +59,22 @@ def _check_mtp(model: Any) -> None:
         raise UnsupportedFeature(
             f"use_mtp reads the MTP layers of the hub's default branch, not of revision {model.revision!r}: use "
             'Generator(model, speculate="mtp")'
+        )
+
+
+def _check_assistant(model: Any, assistant: Any) -> None:
+    """Raises UnsupportedFeature if an assistant reads keys and values of a layer that is on the worker."""
+    if "shared_kv_states" not in forward_parameters(type(assistant)):
+        return
+    config = model.config.get_text_config(decoder=True)
+    kinds = list(getattr(config, "layer_types", None) or [])
+    # Layers that hand on what others use, or else the last one of each kind.
+    read = [index for index, mode in enumerate(getattr(config, "kv_sharing_modes", None) or []) if mode == "store"]
+    read = read or [index for index, kind in enumerate(kinds) if kind not in kinds[index + 1 :]]
+    if away := [index for index in read if index in model.split.body]:
+        raise UnsupportedFeature(
+            f"{type(assistant).__name__} attends to keys and values of layer {away[0]}, which is on the worker: "
+            f"use tail_layers of at least {model.split.layers - away[0]}"
         )
 
 

@@ -41,7 +41,8 @@ def check_speculate(name: str, names: Collection[str] = SPECULATE) -> str:
     if name.startswith(ASSISTANT):
         raise ConfigError(
             f"speculate {name!r} cannot be done: an assistant attends to the keys and values that the model's own "
-            f"layers keep, and cannot read those of a split model; {MTP} and {DRAFT}MODEL need none"
+            "layers keep, and here cannot read those of a split model; model.generate(assistant_model=) can, and "
+            f"{MTP} and {DRAFT}MODEL need none"
         )
     if name not in names and draft_model(name) is None:
         raise ConfigError(f"invalid speculate {name!r}: expected one of {', '.join(names)}, {DRAFT}MODEL")
