@@ -399,8 +399,8 @@ class World:
         self.clock = Clock()
         self.clock.wait = lambda until: self.run(until)
         self.began = self.clock.now
-        #: Steps of trees that were computed, and those that a worker has refused because it takes none.
-        self.trees = self.refused_trees = 0
+        #: Steps of trees that were computed.
+        self.trees = 0
         #: What devices and workers counted, at the end.
         self.counters: Counter[str] = Counter()
         self._may_fail = True

@@ -126,7 +126,6 @@ class Generation:
             except UnsupportedFeature:
                 # Another worker has it, which takes none.
                 assert tree
-                self.world.refused_trees += 1
                 tokens, tree = 1, ()
                 output = self._output(states[:, :1], StepContext(room=room))
             places = np.asarray([length + depth for depth in depths(parents[:tokens])])
@@ -210,8 +209,9 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
         generation.step(choose)
         generation.layer.reset()
     check_nothing_left(world, client)
-    trees = Counter(trees=world.trees, refused_trees=world.refused_trees)
-    world.counters = trees + client.counters + sum((worker.counters for worker in world.workers), Counter())
+    world.counters = (
+        Counter(trees=world.trees) + client.counters + sum((worker.counters for worker in world.workers), Counter())
+    )
     return world
 
 
@@ -240,7 +240,7 @@ def acts_of(number: int) -> list[str]:
 
 def test_the_world_is_rough(fleet: Fleet) -> None:
     """What the other tests rely on does happen."""
-    happened = ("replays", "late", "evictions", "hung", "channels", "steps", "trees", "refused_trees")
+    happened = ("replays", "late", "evictions", "hung", "channels", "steps", "trees")
     refused = ("busy", "full", "lost", "failed", "evicted")
     missing = {*happened, *(f"refused_{reason}" for reason in refused)}
     for number in range(300):
