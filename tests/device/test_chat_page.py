@@ -511,6 +511,10 @@ def test_everybody_can_read_it(browser: Browser, server: tuple[str, Any], scheme
         assert fits(page)
         assert faults(page) == []
         unlock(page)
+        tops = page.locator("header button:visible").evaluate_all(
+            "(all) => all.map((one) => one.getBoundingClientRect().top)"
+        )
+        assert len(set(tops)) == 1
         # All of a model's name is seen, however narrow the page is.
         name = page.locator("#model")
         name.evaluate("(name) => (name.textContent = 'smollm2-135m-instruct, stable-diffusion-xl-base-1.0')")
