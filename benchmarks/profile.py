@@ -131,7 +131,7 @@ class _Steps:
         step = 1e3 * statistics.median(seconds)
         quartiles = [1e3 * quartile for quartile in spread(seconds)]
         if (fused := getattr(self._runner.executor, "fused", None)) is not None:
-            return {"step": step, **self._fused_stages(fused, steps, step)}, quartiles
+            return {"step": step, **self._fused_stages(fused.all, steps, step)}, quartiles
         began = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(steps):

@@ -213,7 +213,7 @@ def test_a_second_start_finds_what_the_first_one_compiled(
 
 def test_a_spoilt_file_is_compiled_again(fresh: Path, library: None) -> None:
     fresh.mkdir(parents=True, mode=0o700)
-    file = fresh / native._name()
+    file = fresh / native.code_name()
     file.write_bytes(b"not a library")
     assert native.begin()
     assert native.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -63,6 +64,29 @@ def twin_with(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
     twin._modules = {**module._modules, name: child}
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     return twin
+
+
+def fingerprint(modules: Iterable[nn.Module]) -> list[object]:
+    """What changes if one of some modules gets a hook, another forward or child, or if a parameter is changed.
+
+    Written against torch 2.13. If it breaks, look at `Module._call_impl` in `torch/nn/modules/module.py`, and at
+    `Tensor._version`.
+    """
+    found: list[object] = []
+    for module in modules:
+        for each in module.modules():
+            hooked = len(each._forward_hooks) + len(each._forward_pre_hooks)
+            found += (id(each), hooked, id(vars(each).get("forward")), each.training)
+            for parameter in each._parameters.values():
+                if parameter is not None:
+                    version = 0 if parameter.is_inference() else parameter._version
+                    found += (id(parameter), version, parameter.requires_grad)
+    return found
+
+
+def addresses(modules: Iterable[nn.Module]) -> list[int]:
+    """Where the parameters of some modules lie."""
+    return [parameter.data_ptr() for module in modules for parameter in module.parameters()]
 
 
 def remove_forward_hooks(module: nn.Module) -> None:

@@ -5,46 +5,11 @@
 // tokens pass by; dot products of four rows and a few tokens are summed in registers, a vector at a time.
 //
 // Compiled for the machine at hand by `native.py`. One thread calls; it shares the work with OpenMP's.
-#include <cstdlib>
-#include <cstring>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include "fused_sums.h"
-
-extern "C" {
-
-// A product: weight [outputs, inputs] and bias [outputs] (or null).
-struct Product {
-    const float *weight, *bias;
-};
-
-struct Layer {
-    const float *norm1, *norm2;          // [width]
-    const float *query_norm, *key_norm;  // [head_width], or null
-    Product query, key, value, output, gate, up, down;
-    const float *cosines, *sines;  // [tokens, rotated] of this call; null if nothing is rotated
-    float *keys, *values;          // [slots, key_heads, head_width]
-    float epsilon1, epsilon2, query_epsilon, key_epsilon, scale;
-    int32_t activation;  // 0: SiLU, 1: GELU, 2: GELU by tanh, 3: ReLU
-    Index window;        // how many tokens each attends to, itself included; 0 for all
-};
-
-struct Shape {
-    Index width, heads, key_heads, head_width, inner, rotated, page_tokens;
-};
-
-// Sequences of the call. Their new tokens follow each other.
-struct Batch {
-    Index tokens, sequences;
-    const Index *slots;    // [tokens]
-    const Index *counts;   // [sequences]: new tokens
-    const Index *lengths;  // [sequences]: tokens with the new ones
-    const Index *pages;    // of all sequences
-    const Index *first_pages;  // [sequences]: where each one's begin
-};
-}
+#include "fused_attention.h"
 
 // Outputs [begin, end) of a product for all tokens: out[token][output], or added to it.
 static void multiply(const Product &product, Index begin, Index end, Index inputs, const float *states,
@@ -103,114 +68,9 @@ static void gated(const float *gate, const float *up, int32_t kind, Index size, 
     for (; k < size; k++) to[k] = activate(gate[k], kind) * up[k];
 }
 
-// scores -> their softmax, over [0, size).
-static void softmax(float *scores, Index size) {
-    float most = scores[0];
-    for (Index j = 1; j < size; j++) most = scores[j] > most ? scores[j] : most;
-    Vector sums = {};
-    Index j = 0;
-    for (; j + LANES <= size; j += LANES) {
-        const Vector value = exponential(load(scores + j) - most);
-        store(scores + j, value);
-        sums += value;
-    }
-    float total = sum(sums);
-    for (; j < size; j++) total += scores[j] = std::exp(scores[j] - most);
-    const float factor = 1.0f / total;
-    for (j = 0; j < size; j++) scores[j] *= factor;
-}
-
-// out[query] += sum of weights[query][key] * values[key], for some queries.
-template <int QUERIES>
-static inline void mix(const float *weights, Index weight_step, const float *values, Index value_step, Index keys,
-                       Index size, float *out, Index out_step) {
-    Index d = 0;
-    for (; d + 4 * LANES <= size; d += 4 * LANES) {
-        Vector sums[QUERIES][4];
-        for (int q = 0; q < QUERIES; q++)
-            for (int i = 0; i < 4; i++) sums[q][i] = load(out + q * out_step + d + i * LANES);
-        for (Index j = 0; j < keys; j++) {
-            Vector some[4];
-            for (int i = 0; i < 4; i++) some[i] = load(values + j * value_step + d + i * LANES);
-            for (int q = 0; q < QUERIES; q++) {
-                const float weight = weights[q * weight_step + j];
-                for (int i = 0; i < 4; i++) sums[q][i] += some[i] * weight;
-            }
-        }
-        for (int q = 0; q < QUERIES; q++)
-            for (int i = 0; i < 4; i++) store(out + q * out_step + d + i * LANES, sums[q][i]);
-    }
-    for (; d < size; d++)
-        for (Index j = 0; j < keys; j++)
-            for (int q = 0; q < QUERIES; q++)
-                out[q * out_step + d] += weights[q * weight_step + j] * values[j * value_step + d];
-}
-
-// Buffers of a call, for all threads.
-struct Buffers {
-    float *normal, *projected, *attended, *inner, *active;
-};
-
-// Most tokens of a sequence, and most rows of queries, that attend together.
-static const Index BLOCK = 16, QUERIES = 32;
-
-// A part of a sequence's new tokens with some heads that share their keys.
-struct Task {
-    Index sequence, begin, count, first_token, key_head, head, heads;
-};
-
-static void attend(const Layer &layer, const Shape &shape, const Batch &batch, const Buffers &buffers,
-                   const Task &task, float *scratch, Index score_step) {
-    const Index width = shape.head_width, step = shape.key_heads * width, rows = task.count * task.heads;
-    const Index all_heads = shape.heads * width, row_step = all_heads + 2 * step;
-    float *queries = scratch, *mixed = queries + rows * width, *scores = mixed + rows * width;
-    for (Index t = 0; t < task.count; t++)
-        for (Index h = 0; h < task.heads; h++) {
-            const float *from = buffers.projected + (task.first_token + t) * row_step + (task.head + h) * width;
-            float *to = queries + (t * task.heads + h) * width;
-            for (Index k = 0; k < width; k++) to[k] = from[k] * layer.scale;
-        }
-    // Keys [low, high) are seen by some token of the task.
-    const Index place = batch.lengths[task.sequence] - batch.counts[task.sequence] + task.begin;
-    const Index high = place + task.count;
-    Index low = layer.window && layer.window <= place ? place - layer.window + 1 : 0;
-    low -= low % shape.page_tokens;
-    const Index page = shape.page_tokens * step;
-    const Index *pages = batch.pages + batch.first_pages[task.sequence];
-    for (Index j = low; j < high; j += shape.page_tokens) {
-        const float *from = layer.keys + pages[j / shape.page_tokens] * page + task.key_head * width;
-        const Index some = least(shape.page_tokens, high - j);
-        dots(from, some, step, queries, rows, width, width, scores + j - low, score_step);
-    }
-    for (Index t = 0; t < task.count; t++) {
-        const Index last = place + t + 1 - low;
-        const Index first = layer.window && place + t + 1 - layer.window > low ? last - layer.window : 0;
-        for (Index h = 0; h < task.heads; h++) {
-            float *own = scores + (t * task.heads + h) * score_step;
-            for (Index j = 0; j < first; j++) own[j] = 0;
-            softmax(own + first, last - first);
-            for (Index j = last; j < high - low; j++) own[j] = 0;
-        }
-    }
-    std::memset(mixed, 0, rows * width * sizeof(float));
-    for (Index j = low; j < high; j += shape.page_tokens) {
-        const float *from = layer.values + pages[j / shape.page_tokens] * page + task.key_head * width;
-        const Index some = least(shape.page_tokens, high - j);
-        const float *weights = scores + j - low;
-        Index r = 0;
-        for (; r + 3 <= rows; r += 3)
-            mix<3>(weights + r * score_step, score_step, from, step, some, width, mixed + r * width, width);
-        for (; r < rows; r++)
-            mix<1>(weights + r * score_step, score_step, from, step, some, width, mixed + r * width, width);
-    }
-    for (Index t = 0; t < task.count; t++)
-        std::memcpy(buffers.attended + (task.first_token + t) * all_heads + task.head * width,
-                    mixed + t * task.heads * width, task.heads * width * sizeof(float));
-}
-
 // Prepares the query, key and value of a token: normalized, rotated, and stored in its slot.
 static void prepare(const Layer &layer, const Shape &shape, const Batch &batch, float *row, Index token) {
-    const Index width = shape.head_width, step = shape.key_heads * width;
+    const Index width = shape.head_width, slot = batch.slots[token];
     for (Index h = 0; h < shape.heads + shape.key_heads; h++) {
         float *head = row + h * width;
         const bool query = h < shape.heads;
@@ -219,16 +79,19 @@ static void prepare(const Layer &layer, const Shape &shape, const Batch &batch, 
         if (layer.cosines)
             rotate(head, layer.cosines + token * shape.rotated, layer.sines + token * shape.rotated, shape.rotated);
     }
-    const float *key = row + shape.heads * width;
-    std::memcpy(layer.keys + batch.slots[token] * step, key, step * sizeof(float));
-    std::memcpy(layer.values + batch.slots[token] * step, key + step, step * sizeof(float));
+    const Index place = slot / shape.page_tokens * shape.page_step + slot % shape.page_tokens * shape.token_step;
+    const float *key = row + shape.heads * width, *value = key + shape.key_heads * width;
+    for (Index h = 0; h < shape.key_heads; h++) {
+        std::memcpy(layer.keys + place + h * shape.head_step, key + h * width, width * sizeof(float));
+        std::memcpy(layer.values + place + h * shape.head_step, value + h * width, width * sizeof(float));
+    }
 }
 
 // Divides attention into tasks. With few tokens, each head is one. Returns how many there are.
 static Index divide(const Shape &shape, const Batch &batch, int threads, Task *tasks) {
     const Index group = shape.heads / shape.key_heads;
     const Index heads = batch.tokens * shape.key_heads < 4 * threads ? 1 : group;
-    const Index block = heads > QUERIES / BLOCK ? (QUERIES / heads < 1 ? 1 : QUERIES / heads) : BLOCK;
+    const Index block = QUERIES / heads < 1 ? 1 : QUERIES / heads;
     Index made = 0, first = 0;
     for (Index s = 0; s < batch.sequences; first += batch.counts[s++])
         // Later tokens see more keys, so they come first.
@@ -303,9 +166,10 @@ extern "C" int run_layers(const Layer *layers, Index count, const Shape *shape, 
     Index longest = 0;
     for (Index s = 0; s < batch->sequences; s++)
         longest = batch->lengths[s] > longest ? batch->lengths[s] : longest;
-    const Index score_step = (longest + shape->page_tokens + 15) / 16 * 16 + 16;
+    // Scores are written in blocks of keys, and from any key on in whole vectors.
+    const Index score_step = longest + 4 * LANES;
     const Index task_count = divide(*shape, *batch, threads, nullptr), group = shape->heads / shape->key_heads;
-    const Index rows = QUERIES > group ? QUERIES : group, scratch = rows * (2 * shape->head_width + score_step);
+    const Index scratch = scratch_size(*shape, QUERIES > group ? QUERIES : group, score_step);
     const Index sizes[] = {tokens * shape->width, tokens * row, tokens * heads, tokens * 2 * shape->inner,
                            tokens * shape->inner, threads * scratch};
     Index total = 0;
@@ -332,4 +196,28 @@ extern "C" int run_layers(const Layer *layers, Index count, const Shape *shape, 
     std::free(memory);
     std::free(tasks);
     return failed;
+}
+
+// out[token][output] = a product of states [tokens, inputs].
+extern "C" void run_product(const Product *product, Index inputs, Index outputs, const float *states, Index tokens,
+                            float *out, int threads) {
+    const Index some = fitting(inputs, 64 << 10);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (Index n = 0; n < outputs; n += some)
+        multiply(*product, n, least(n + some, outputs), inputs, states, tokens, out, outputs, false);
+}
+
+// What the code was compiled for.
+extern "C" const char *instruction_set() {
+#if defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__AVX__)
+    return "AVX";
+#elif defined(__aarch64__)
+    return "NEON";
+#else
+    return "the base instructions";
+#endif
 }

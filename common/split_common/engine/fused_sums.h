@@ -57,12 +57,18 @@ static inline float sum(Vector value) {
 #if LANES == 16
 #define EVEN 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30
 #define ODD 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif LANES == 8
 #define EVEN 0, 2, 8, 10, 4, 6, 12, 14
 #define ODD 1, 3, 9, 11, 5, 7, 13, 15
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
 #endif
 
 // The sums of four vectors.
@@ -138,6 +144,29 @@ static void dots(const float *rows, Index count, Index row_step, const float *co
     for (; r < count; r++)
         for (Index c = 0; c < column_count; c++)
             out[c * out_step + r] = dot(rows + r * row_step, columns + c * column_step, size);
+}
+
+// to[number][row] = rows[row][number], for one vector of rows of `size` numbers.
+static inline void turn(const float *const *rows, Index size, float *to, Index step) {
+    const Integers low = {LOW}, high = {HIGH};
+    Index k = 0;
+    for (; k + LANES <= size; k += LANES) {
+        Vector some[LANES], other[LANES];
+        for (int i = 0; i < LANES; i++) some[i] = load(rows[i] + k);
+#pragma GCC unroll 16
+        for (int width = 1; width < LANES; width *= 2) {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES / 2; i++) {
+                other[2 * i] = __builtin_shuffle(some[i], some[i + LANES / 2], low);
+                other[2 * i + 1] = __builtin_shuffle(some[i], some[i + LANES / 2], high);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) some[i] = other[i];
+        }
+        for (int i = 0; i < LANES; i++) store(to + (k + i) * step, some[i]);
+    }
+    for (; k < size; k++)
+        for (int i = 0; i < LANES; i++) to[k * step + i] = rows[i][k];
 }
 
 static inline Index least(Index one, Index other) { return one < other ? one : other; }

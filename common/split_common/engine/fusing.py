@@ -9,6 +9,7 @@ import torch
 from split_common.engine import native
 from split_common.engine.fused_layers import FusedLayers
 from split_common.engine.fused_sketch import OtherShape
+from split_common.engine.fused_times import when_faster
 from split_common.engine.layers import LayerRange
 from split_common.engine.packed import PackedExecutor
 from split_common.engine.pool import LayerShape, PagePool
@@ -67,6 +68,7 @@ class FusedWhenReady:
         if not differs < FUSED_TOLERANCE:
             log.info("layers are not fused: their output differs by %.1e", differs)
             return None
+        fused.is_faster = when_faster(fused, self._layers, self._packed.backend, self._shapes)
         return fused
 
     def _executor(self) -> PackedExecutor:

@@ -86,7 +86,7 @@ def pack_linears(model: nn.Module, stack: LayerStack | None = None, *, measure: 
     Returns:
         What was chosen.
     """
-    linears = [module for module in model.modules() if _is_plain(module)]
+    linears = [module for module in model.modules() if is_plain(module)]
     needed = sum(linear.weight.nbytes for linear in linears)
     if not linears or needed > COPY_SHARE * psutil.virtual_memory().available:
         log.info("linear layers keep their layout: %d bytes of weights would be copied", needed)
@@ -141,9 +141,9 @@ def _apply(weight: torch.Tensor, layout: Layout) -> Apply:
     return lambda states: reordered_linear(states, packed, None)
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer with torch's own forward and weight, which quantization may replace."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+    if type(module) is not nn.Linear or not _runs_its_own_forward(module):
         return False
     weight = module.weight
     return type(weight) is nn.Parameter and weight.dtype in LINEAR_TOLERANCE and not weight.is_meta
@@ -167,3 +167,8 @@ def _laid_out(linear: nn.Linear, tuning: Tuning) -> nn.Module:
         log.info("a linear layer keeps its layout: its output differs by %.1e", error)
         return linear
     return packed
+
+
+def _runs_its_own_forward(module: nn.Linear) -> bool:
+    """Whether calls run `nn.Linear.forward` of this very layer."""
+    return getattr(module.forward, "__func__", None) is nn.Linear.forward and module.forward.__self__ is module  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 #: The code, whole decoder layers on the CPU, and what it includes.
 SOURCE = Path(__file__).with_name("fused.cpp")
-HEADER = Path(__file__).with_name("fused_sums.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("fused_attention.h", "fused_sums.h"))
 
 #: Compilers that are tried, if `CXX` does not name one.
 COMPILERS = ("c++", "g++", "clang++")
@@ -55,7 +55,7 @@ def begin() -> bool:
     with _lock:
         if _library is not None or _compiling is not None or _failed:
             return not _failed
-        place = private_cache("native") / _name()
+        place = private_cache("native") / code_name()
         if place.is_file() and _load(place):
             return True
         if (command := compiler()) is None:
@@ -66,6 +66,13 @@ def begin() -> bool:
         )
         _compiling.start()
         return True
+
+
+def load() -> bool:
+    """Loads the library if it was compiled before. Returns whether it is there."""
+    with _lock:
+        place = private_cache("native") / code_name()
+        return _library is not None or (place.is_file() and _load(place))
 
 
 def library() -> ctypes.CDLL | None:
@@ -87,11 +94,20 @@ def failed() -> bool:
         return _failed
 
 
-def _name() -> str:
+def instruction_set() -> str | None:
+    """The name of the vector instructions that the library was compiled for; None as long as it is not there."""
+    if (found := library()) is None:
+        return None
+    found.instruction_set.restype = ctypes.c_char_p
+    name: bytes = found.instruction_set()
+    return name.decode()
+
+
+def code_name() -> str:
     """The file's name: other code, flags, CPUs and systems have other ones."""
     facts = [
         SOURCE.read_text(),
-        HEADER.read_text(),
+        *(header.read_text() for header in HEADERS),
         *FLAGS,
         os.environ.get("CXX", ""),
         platform.machine(),

@@ -13,6 +13,7 @@ import torch
 from split_common.compat.transformers import attention_implementation
 from split_common.engine import attention, flash
 from split_common.engine.attention import AttentionCall, Backend
+from split_common.engine.attention_calls import HARMLESS
 from split_common.engine.compiled import compile_layers, forget_compiled
 from split_common.engine.division import append_next, append_parts
 from split_common.engine.footprint import Footprint, measure_footprint
@@ -47,18 +48,6 @@ REHEARSAL = ((8, 5), (1, 1), (1, 4), (2, 2), (1, 1, 1, 1), (1,))
 
 #: Pages in the pool of a rehearsal.
 PROBE_PAGES = 8
-
-#: Keyword arguments of attention that packed forwards may ignore.
-_HARMLESS = {
-    "position_ids",
-    "use_cache",
-    "cache",
-    "past_key_values",
-    "cache_position",
-    "is_causal",
-    "training",
-    "output_attentions",
-}
 
 
 class NotPackable(Exception):
@@ -258,7 +247,7 @@ def _check_calls(layers: LayerRange, reference: CacheStore, calls: list[tuple[At
     if not called or called != list(layers.split.body) * (len(called) // len(layers.split.body)):
         raise NotPackable("they do not call a registered attention once in each layer")
     for call, others in calls:
-        unknown = sorted(set(others) - _HARMLESS)
+        unknown = sorted(set(others) - HARMLESS)
         if unknown:
             raise NotPackable(f"layer {call.layer} hands its attention {', '.join(unknown)}")
         layer = cache.layers[call.layer]

@@ -6,12 +6,13 @@ shapes, so only a first start takes the time.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -45,6 +46,9 @@ SECONDS = 0.15
 
 #: Least and most rounds of measuring for each number of rows. The first two compile kernels and fill caches.
 LEAST_ROUNDS, ROUNDS = 10, 16
+
+#: Least rounds of measuring candidates that take long.
+FEW_ROUNDS = 6
 
 #: How much faster more rows have to be than fewer, for fewer to be computed as more.
 WORTH_PADDING = 0.95
@@ -110,6 +114,9 @@ UNMEASURED = Tuning()
 
 #: Seconds that a product takes, by its name, layout and number of rows.
 Times = dict[str, dict[str, dict[int, float]]]
+
+#: Seconds that candidates take, by their name and the number of rows.
+CandidateTimes = dict[str, dict[int, float]]
 
 #: Computes rows `[rows, inputs]` by a weight of one layout.
 Apply = Callable[[torch.Tensor], torch.Tensor]
@@ -213,14 +220,74 @@ def _measure(
     return times
 
 
+def in_turns(
+    candidates: Mapping[str, Callable[[int], Callable[[], object]]], counts: Sequence[int]
+) -> CandidateTimes:
+    """The least seconds of each candidate for each number of rows, in turns, with nothing in the caches of a core.
+
+    Args:
+        candidates: by their names; each makes what is to be timed for a number of rows.
+        counts: the numbers of rows.
+    """
+    flush = torch.zeros(FLUSH_BYTES // 4)
+    times: CandidateTimes = {name: {} for name in candidates}
+    for count in counts:
+        runs = {name: make(count) for name, make in candidates.items()}
+        ends = time.perf_counter() + SECONDS
+        for turn in range(ROUNDS):
+            for name, run in runs.items():
+                flush.sum()
+                began = time.perf_counter()
+                run()
+                took = time.perf_counter() - began
+                times[name][count] = min(took, times[name].get(count, took)) if turn > 1 else took
+            if turn + 1 >= FEW_ROUNDS and time.perf_counter() > ends:
+                break
+    return times
+
+
+def faster(
+    times: Mapping[str, Mapping[int, float]], one: str, other: str, clearly: float = 1.0
+) -> Callable[[int], bool]:
+    """Whether one candidate takes less time than another, by the number of rows: as for the next lower one that was
+    measured.
+
+    Args:
+        clearly: the other one has to take less than this share of its time.
+    """
+    counts = sorted(times[one])
+    wins = [clearly * times[one][count] < times[other][count] for count in counts]
+    return lambda rows: wins[max(0, bisect.bisect_right(counts, rows) - 1)]
+
+
+def kept_times(facts: Sequence[str], measure: Callable[[], CandidateTimes]) -> CandidateTimes:
+    """Seconds by candidate and number of rows: what was measured earlier for these facts on this CPU, or is now."""
+    name, key = _named(facts), "candidates"
+    try:
+        data = (private_dir(cache_dir() / "tuning") / name).read_bytes()
+        times = msgspec.json.decode(data, type=Times)[key]
+        if times and all(each and all(each.values()) for each in times.values()):
+            return times
+    except (OSError, KeysError, msgspec.MsgspecError, KeyError):
+        pass
+    times = measure()
+    _keep(name, {key: times})
+    return times
+
+
 def _place(products: Collection[Product]) -> str:
-    """The name of the file for what is measured: of this CPU, number of threads, torch, and these products."""
+    """The name of the file for what is measured of these products."""
+    return _named(sorted(map(str, products)))
+
+
+def _named(facts: Sequence[str]) -> str:
+    """The name of the file for what is measured: of this CPU, number of threads, torch, and some facts."""
     facts = [
         cpu_facts(),
         torch.backends.cpu.get_cpu_capability(),
         str(torch.get_num_threads()),
         torch.__version__,
-        *sorted(map(str, products)),
+        *facts,
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32] + ".json"
 

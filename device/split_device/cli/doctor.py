@@ -157,9 +157,28 @@ def _hardware() -> Iterator[Finding]:
         yield Finding("threads", "problem", f"{detail}: set OMP_NUM_THREADS={cores}, or they slow each other down")
     else:
         yield Finding("threads", "ok", detail)
+    yield _compiled_code()
     suite = preferred_suites()[0]
     hint = "" if suite.startswith("aegis") else ": the CPU has no AES instructions, encryption is slower"
     yield Finding("encryption", "ok" if not hint else "note", suite + hint)
+
+
+def _compiled_code() -> Finding:
+    """Whether layers on the CPU can be fused, and by which instructions."""
+    from split_common.engine import native
+    from split_common.engine.tuning import from_environment
+
+    if not from_environment():
+        return Finding("layers", "note", "LAMBDA_SPLIT_TUNE is off: nothing is compiled for this CPU")
+    if native.load():
+        detail = f"those of the usual shape are fused on the CPU, by code for its {native.instruction_set()}"
+        return Finding("layers", "ok", detail)
+    if (command := native.compiler()) is not None:
+        return Finding(
+            "layers", "ok", f"those of the usual shape will be fused on the CPU: {command} compiles the code"
+        )
+    wanted = "with a C++ compiler (c++, g++, clang++ or CXX), those on the CPU take half the time"
+    return Finding("layers", "note", f"they cannot be fused: {wanted}")
 
 
 def _cores() -> int:

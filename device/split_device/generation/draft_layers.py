@@ -10,8 +10,9 @@ from split_common.engine.runner import build_runner
 from split_common.errors import ConfigError, UnknownModel, UnsupportedFeature
 from split_common.models.loading import strip
 from split_common.models.split import Split
-from split_device.generation.local_layers import EmbeddingAndHead, pack_weights, shared_copy
+from split_device.generation.local_layers import EmbeddingAndHead, pack_weights
 from split_device.generation.tokenizing import load_tokenizer
+from split_device.models.shared import shared_copy
 from split_device.models.traits import keeps_states
 from split_device.models.whole import load_whole
 from split_device.speculation.names import DRAFT

@@ -7,7 +7,6 @@ and after the last one: embeddings, norm, logits.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +16,20 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from split_common.compat.torch import remove_forward_hooks
 from split_common.engine.linear import pack_linears
 from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.runner import Runner, build_runner
 from split_common.engine.tuning import UNMEASURED, Tuning, from_environment
 from split_common.errors import ModelError, UnsupportedFeature
 from split_common.models.cache_layers import TokenCounter
-from split_common.models.layer_stack import LayerStack, PassThrough
+from split_common.models.layer_stack import LayerStack
 from split_common.models.loading import strip
 from split_common.models.split import Split
 from split_device.generation.unused_modules import drop_unused
 from split_device.models.adapters import LoadedAdapter
 from split_device.models.context import CallContext
 from split_device.models.language import SplitParts
+from split_device.models.shared import shared_copy
 from split_device.models.traits import keeps_states
 
 #: Default memory for keys and values of head and tail together, in bytes.
@@ -225,23 +224,6 @@ class EmbeddingAndHead:
     def _inject(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         passage = _passing.get()
         return args if passage is None or passage.incoming is None else (passage.incoming, *args[1:])
-
-
-def shared_copy(model: Any, kept: range) -> tuple[Any, LayerStack]:
-    """A copy of a split model with the same tensors and only the layers `kept`; and its stack."""
-    stack: LayerStack = model.split_parts.stack
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for index, slot in enumerate(stack.slots):
-        if index not in kept:
-            empty = PassThrough()
-            empty.imitate(slot)
-            empty.returns_tuple = stack.returns_tuple
-            memo[id(slot)] = empty
-    copied = copy.deepcopy(model, memo)
-    copied_stack: LayerStack = copied.split_parts.stack
-    for module in (copied, copied_stack.owner):
-        remove_forward_hooks(module)
-    return copied, copied_stack
 
 
 def pack_weights(model: nn.Module, stack: LayerStack | None = None) -> Tuning:

@@ -21,13 +21,13 @@ from split_common.engine.lora import AdapterNumber, adapting
 from split_common.engine.sequences import TokenRun
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_common.models.cache_layers import has_states
-from split_device.generation.local_layers import shared_copy
 from split_device.generation.request import Request
 from split_device.models.additions import check_additions
 from split_device.models.body_layer import BodyLayer
 from split_device.models.language import SplitModelForCausalLM, SplitParts
 from split_device.models.masks import plain_mask
 from split_device.models.prepared import StepContext
+from split_device.models.shared import shared_copy
 from split_device.sessions.places import distinct_axes, spans_of
 
 

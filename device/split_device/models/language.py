@@ -32,6 +32,7 @@ from split_device.models.assisted import check_assisted
 from split_device.models.body import Generating, RemoteBody, RemoteLayer, forwarding, generating
 from split_device.models.compression import known_codec
 from split_device.models.connected import ConnectedModel, Endpoint
+from split_device.models.fused_ends import fuse_ends
 from split_device.models.masks import plain_mask
 from split_device.models.outputs import PARTIAL, REFUSED, logits_to_keep, refuse_outputs
 from split_device.models.prepared import StepContext
@@ -174,6 +175,8 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         #: Names of the positional arguments of the stack's owner, and of the model itself, in order.
         _, *self._stack_arguments = inspect.signature(inspect.unwrap(type(stack.owner).forward)).parameters
         _, *self._arguments = inspect.signature(inspect.unwrap(type(self).forward)).parameters
+        #: Computes head and tail on the CPU; None if their own code does.
+        self.fused_ends = fuse_ends(self, stack, split) if axes is None else None
         self.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.register_forward_hook(self._after_forward, always_call=True)
         stack.owner.register_forward_pre_hook(self._before_stack, with_kwargs=True)

@@ -39,6 +39,8 @@ class StepContext:
     timings: StepTimings = field(default_factory=StepTimings)
     #: The states of the head's cache layers before the step, by the layer's index.
     head_states: dict[int, States] = field(default_factory=dict)
+    #: The layers whose output has been computed together with that of one before them, by index.
+    computed: set[int] = field(default_factory=set)
 
     def sizes(self, codec: Codec, batch: int, pads: bool) -> tuple[Codec, int | None]:
         """How the step travels.

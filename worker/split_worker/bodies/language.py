@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from split_common.engine.forward import Forward
+from split_common.engine.native import compiler, instruction_set
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
@@ -271,9 +272,14 @@ class LanguageBody:
             lines.append(f"fastest on this CPU, as measured: {self._tuning}")
         match self.runner.executor.fusion:
             case "fused":
-                lines.append("layers are computed in one call, by code compiled for this CPU")
+                lines.append(
+                    f"layers are fused: computed in one call, by code compiled for this CPU ({instruction_set()})"
+                )
             case "compiling":
-                lines.append("a C++ compiler is at work, and layers will be computed in one call")
+                lines.append("a C++ compiler is at work, and layers will be fused")
+            case None if self._tuning is not None:
+                without = "there is no C++ compiler" if compiler() is None else "they are not of the usual shape"
+                lines.append(f"layers are not fused: {without}")
         if self.adapters:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:

@@ -1,0 +1,103 @@
+"""The LM head of `generate` by our own code, for the numbers of rows for which that takes less time here."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear as apply_linear
+
+from split_common.compat.torch import fingerprint
+from split_common.engine import native
+from split_common.engine.fused_call import OwnProduct
+from split_common.engine.fused_sketch import OtherShape
+from split_common.engine.linear import LINEAR_TOLERANCE, is_plain
+from split_common.engine.tuning import SAMPLE_BYTES, CandidateTimes, faster, in_turns, kept_times
+
+log = logging.getLogger(__name__)
+
+#: Numbers of rows that are measured. More are computed as before.
+ROWS = (1, 2, 4, 16)
+
+
+class OwnHead:
+    """Takes the place of a linear layer's `forward`. Any thread may call it.
+
+    Args:
+        head: the layer.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        self._head, self._plain = head, head.forward
+        self._product: OwnProduct | None = None
+        self._is_faster: Callable[[int], bool] = lambda _rows: False
+        self._fingerprint: list[object] = []
+        self._address = 0
+
+    @torch.inference_mode()
+    def build(self, library: ctypes.CDLL) -> None:
+        """Uses the code from now on, where it gives the same output in less time. Raises OtherShape."""
+        head = self._head
+        product = OwnProduct(library, head)
+        states = torch.randn(5, head.in_features, generator=torch.Generator().manual_seed(0))
+        wanted = self._plain(states)
+        differs = float((product(states) - wanted).abs().max() / wanted.abs().max())
+        if not differs < LINEAR_TOLERANCE[torch.float32]:
+            raise OtherShape(f"its output differs by {differs:.1e}")
+        outputs = max(1, min(head.out_features, SAMPLE_BYTES // head.weight[:1].nbytes))
+        some, weight = OwnProduct(library, head, outputs), head.weight[:outputs]
+
+        def states_of(rows: int) -> torch.Tensor:
+            return torch.randn(rows, head.in_features)
+
+        def measure() -> CandidateTimes:
+            candidates: dict[str, Callable[[int], Callable[[], object]]] = {
+                "own": lambda rows: lambda states=states_of(rows): some(states),  # type: ignore[misc]
+                "plain": lambda rows: lambda states=states_of(rows): apply_linear(states, weight),  # type: ignore[misc]
+            }
+            return in_turns(candidates, ROWS)
+
+        times = kept_times(["head", native.code_name(), str(tuple(head.weight.shape))], measure)
+        self._is_faster = faster(times, "own", "plain")
+        self._fingerprint, self._address = fingerprint([head]), head.weight.data_ptr()
+        self._product = product
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if (product := self._product) is not None and self._takes(states):
+            return product(states.detach())
+        output: torch.Tensor = self._plain(states)
+        return output
+
+    def _takes(self, states: torch.Tensor) -> bool:
+        if states.dtype != torch.float32 or states.device.type != "cpu":
+            return False
+        rows = states.numel() // max(1, states.shape[-1])
+        if not (0 < rows <= ROWS[-1] and states.shape[-1] == self._head.in_features and self._is_faster(rows)):
+            return False
+        if (states.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.compiler.is_compiling() or fingerprint([self._head]) != self._fingerprint:
+            return False
+        if self._head.weight.data_ptr() != self._address:
+            self._product = None
+        return self._product is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Copies of the layer compute by themselves.
+        return MethodType(type(self._head).forward, copy.deepcopy(self._head, memo))
+
+
+def own_head(model: Any) -> OwnHead | None:
+    """Prepares a model's LM head; None if it is not a plain linear layer in fp32 on the CPU."""
+    head = model.get_output_embeddings()
+    if head is None or not is_plain(head) or head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
+        return None
+    own = OwnHead(head)
+    vars(head)["forward"] = own
+    return own

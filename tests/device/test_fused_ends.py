@@ -1,0 +1,176 @@
+"""Head and tail of `generate` in one call of our own code each: the same tokens, and what goes another way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import tiny
+from fleet import joined, running_broker
+from split_common.engine import native
+from split_common.engine.fused_call import FusedCall
+from split_device.models import fused_ends
+
+PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80], [25, 17, 90, 33, 4, 71, 12]])
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+
+#: Of the usual shape: with biases, norms of queries and keys, joined weights, other heads.
+USUAL = ("llama", "qwen2", "qwen3", "phi3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    """The code, compiled once."""
+    if not native.begin() or not native.wait():
+        pytest.skip("needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[str]:
+    with running_broker() as running:
+        yield running.address
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are fused, too."""
+    monkeypatch.setattr(fused_ends, "LEAST_BYTES", 0)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each call that computes an end."""
+    tokens: list[int] = []
+    run = FusedCall.run
+
+    def noted(self: FusedCall, states: torch.Tensor, *others: Any) -> None:
+        tokens.append(len(states))
+        run(self, states, *others)
+
+    monkeypatch.setattr(FusedCall, "run", noted)
+    return tokens
+
+
+@pytest.fixture
+def pair(broker: str, tmp_path: Path, small: None) -> Iterator[Callable[..., Any]]:
+    """An unsplit model and a split one."""
+    with contextlib.ExitStack() as stack:
+
+        def make(arch: str = "llama", head: int = 2, tail: int = 2) -> tuple[Any, Any]:
+            checkpoint = tiny.save(arch, tmp_path / arch)
+            full = AutoModelForCausalLM.from_pretrained(checkpoint).eval().requires_grad_(False)
+            split, _ = stack.enter_context(joined(broker, checkpoint, head, tail))
+            return full, split
+
+        yield make
+
+
+def same(full: Any, split: Any, prompt: torch.Tensor = PROMPT, **options: Any) -> None:
+    mask = options.pop("attention_mask", torch.ones_like(prompt))
+    answers = [model.generate(prompt, attention_mask=mask, **GREEDY, **options) for model in (full, split)]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("arch", USUAL)
+def test_tokens_are_the_unsplit_models(arch: str, pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair(arch)
+    assert split.fused_ends.fusion == "compiling"
+    same(full, split)
+    assert split.fused_ends.fusion == "fused"
+    # Head and tail, of the prompt and of each further token, in two rows.
+    assert calls[-24:] == [14, 14, *[2] * 22]
+    same(full, split, PROMPT[:1], num_beams=3)
+    same(full, split, PROMPT[:1].repeat(1, 9), prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(("head", "tail"), [(0, 2), (1, 0)])
+def test_an_end_without_layers(head: int, tail: int, pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair("llama", head, tail)
+    same(full, split)
+    assert split.fused_ends.fusion == "fused"
+    assert calls[-12:] == [14, *[2] * 11]
+
+
+@pytest.mark.numbers
+def test_logits_and_caches(pair: Callable[..., Any]) -> None:
+    full, split = pair()
+    caches = [DynamicCache(config=model.config) for model in (full, split)]
+    with torch.no_grad():
+        for begin, end in ((0, 20), (20, 21), (21, 40)):
+            ids = torch.arange(begin, end)[None] % 90
+            one, other = (
+                model(ids, past_key_values=cache).logits for model, cache in zip((full, split), caches, strict=True)
+            )
+            assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+        for cache in caches:
+            cache.crop(-3)
+        one, other = (
+            model(ids[:, :2], past_key_values=cache).logits
+            for model, cache in zip((full, split), caches, strict=True)
+        )
+    assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+    for index in (0, 1, tiny.LAYERS - 2, tiny.LAYERS - 1):
+        theirs, ours = (cache.layers[index] for cache in caches)
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_code_does_not_compute_goes_through_the_layers(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    same(full, split)
+    calls.clear()
+    padded = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    same(full, split, attention_mask=padded)
+    with torch.no_grad():
+        one, other = (model(PROMPT, output_hidden_states=True).hidden_states[1] for model in (full, split))
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        split(PROMPT, use_cache=False)
+    assert not calls
+
+
+def test_hooks_and_changed_weights_take_effect(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    same(full, split)
+    calls.clear()
+    seen: list[Any] = []
+    handle = split.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    same(full, split)
+    assert (len(seen), calls) == (12, [14] + [2] * 11)
+    handle.remove()
+    calls.clear()
+    for model in (full, split):
+        model.model.layers[0].input_layernorm.weight.mul_(3)
+        model.model.layers[-1].mlp.up_proj.weight.mul_(-2)
+    same(full, split)
+    assert not calls
+
+
+def test_a_guess_that_gives_another_output_is_refused(
+    pair: Callable[..., Any], calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_ends, "FUSED_TOLERANCE", 0.0)
+    full, split = pair("qwen3")
+    same(full, split)
+    assert split.fused_ends.fusion is None
+    calls.clear()
+    same(full, split)
+    assert not calls
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "mixtral"])
+def test_layers_of_other_shapes_run_as_before(arch: str, pair: Callable[..., Any]) -> None:
+    full, split = pair(arch)
+    assert split.fused_ends is None
+    same(full, split)
+
+
+def test_tuning_that_is_off(pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "off")
+    assert pair()[1].fused_ends is None
