@@ -15,6 +15,8 @@ import tiny
 from fleet import joined, running_broker
 from split_common.engine import native
 from split_common.engine.fused_call import FusedCall
+from split_common.engine.sequences import TokenRun
+from split_device.generation.local_layers import LocalLayers
 from split_device.models import fused_ends
 
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80], [25, 17, 90, 33, 4, 71, 12]])
@@ -174,3 +176,23 @@ def test_layers_of_other_shapes_run_as_before(arch: str, pair: Callable[..., Any
 def test_tuning_that_is_off(pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "off")
     assert pair()[1].fused_ends is None
+
+
+def test_copies_compute_by_themselves(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    same(full, split)
+    layers = LocalLayers(split, 1 << 20)
+    calls.clear()
+    assert layers.head is not None
+    states = torch.randn(3, layers.head.width)
+    layers.head.run([TokenRun(layers.head.store.new_sequence(), states, range(3))])
+    layers.logits(states, [None] * 3)
+    assert not calls
+    same(full, split)
+    # Weights that have moved are read where they lie now; other ones take effect.
+    assert calls == [14, 14, *[2] * 22]
+    for model in (full, split):
+        norm = model.model.layers[1].post_attention_layernorm.weight
+        norm.data = norm.data * 2
+    same(full, split)
+    assert len(calls) == 24 + 12

@@ -12,7 +12,7 @@ import copy
 import ctypes
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -75,6 +75,9 @@ class FusedEnds:
         if not self._decided:
             return "compiling"
         return "fused" if all(end.call is not None for end in self._ends) else None
+
+    def __deepcopy__(self, _memo: object) -> FusedEnds:
+        return self
 
     def takes(self, end: FusedEnd) -> bool:
         """Whether an end can be computed in one call by now."""
@@ -177,6 +180,8 @@ class FusedEnd:
         self._modules: list[nn.Module] = []
         self._fingerprint: list[object] = []
         self._addresses: list[int] = []
+        self._vectors: list[torch.Tensor] = []
+        self._make: Callable[[], FusedCall]
         self._rotated = -1
 
     def build(self, library: ctypes.CDLL, stack: LayerStack) -> None:
@@ -188,7 +193,8 @@ class FusedEnd:
             raise OtherShape("they are handed no rotary embeddings")
         self._rotated = tables[0][0].shape[1]  # type: ignore[index]
         self._modules = [stack.slots[index] for index in self.indices]
-        self.call = FusedCall(library, self._layers, stack.width, self._rotated, self._shape)
+        self._make = lambda: FusedCall(library, self._layers, stack.width, self._rotated, self._shape)
+        self.call, self._vectors = self._make(), self._copied_vectors()
         self._fingerprint, self._addresses = fingerprint(self._modules), addresses(self._modules)
 
     def wrap(self, hidden: torch.Tensor) -> Any:
@@ -200,7 +206,7 @@ class FusedEnd:
         rows, tokens, width = hidden.shape
         cache: Any = next((value for value in arguments if isinstance(value, Cache)), None)
         rotary = _rotary(arguments, rows, tokens)
-        if (call := self.call) is None or type(cache) is not DynamicCache:
+        if type(cache) is not DynamicCache:
             return None
         if rotary is None or rotary[0].shape[1] != self._rotated or not _is_usual(hidden):
             return None
@@ -213,7 +219,11 @@ class FusedEnd:
             return None
         if active_captures() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
-        if fingerprint(self._modules) != self._fingerprint or self._have_moved():
+        if fingerprint(self._modules) != self._fingerprint:
+            return None
+        if (found := addresses(self._modules)) != self._addresses and not self._follow(found):
+            return None
+        if (call := self.call) is None:
             return None
         longer = [
             (self._longer(layer, "keys", rows, tokens), self._longer(layer, "values", rows, tokens))
@@ -240,11 +250,17 @@ class FusedEnd:
             layer.keys, layer.values = keys, values
         return output.view(rows, tokens, width)
 
-    def _have_moved(self) -> bool:
-        """Whether weights lie elsewhere by now; then their old place is let go."""
-        if addresses(self._modules) != self._addresses:
-            self.call = None
-        return self.call is None
+    def _follow(self, found: list[int]) -> bool:
+        """Has weights read where they lie by now. Returns whether that is possible: norms were copied."""
+        self.call = None
+        if all(map(torch.equal, self._vectors, self._copied_vectors())):
+            with contextlib.suppress(OtherShape):
+                self.call, self._addresses = self._make(), found
+        return self.call is not None
+
+    def _copied_vectors(self) -> list[torch.Tensor]:
+        parameters = (each for module in self._modules for each in module.parameters())
+        return [parameter.detach().clone() for parameter in parameters if parameter.ndim < 2]
 
     def _holds(self, layers: Sequence[Any], rows: int, past: int) -> bool:
         """Whether cache layers are transformers' plain ones, with so many tokens in so many rows."""

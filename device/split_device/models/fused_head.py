@@ -39,11 +39,13 @@ class OwnHead:
         self._is_faster: Callable[[int], bool] = lambda _rows: False
         self._fingerprint: list[object] = []
         self._address = 0
+        self._library: ctypes.CDLL
 
     @torch.inference_mode()
     def build(self, library: ctypes.CDLL) -> None:
         """Uses the code from now on, where it gives the same output in less time. Raises OtherShape."""
         head = self._head
+        self._library = library
         product = OwnProduct(library, head)
         states = torch.randn(5, head.in_features, generator=torch.Generator().manual_seed(0))
         wanted = self._plain(states)
@@ -65,12 +67,18 @@ class OwnHead:
 
         times = kept_times(["head", native.code_name(), str(tuple(head.weight.shape))], measure)
         self._is_faster = faster(times, "own", "plain")
-        self._fingerprint, self._address = fingerprint([head]), head.weight.data_ptr()
-        self._product = product
+        self._fingerprint = fingerprint([head])
+        self._read()
+
+    def _read(self) -> None:
+        """Has the weight read where it lies by now."""
+        self._product, self._address = OwnProduct(self._library, self._head), self._head.weight.data_ptr()
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        if (product := self._product) is not None and self._takes(states):
-            return product(states.detach())
+        if self._product is not None and self._takes(states):
+            if self._head.weight.data_ptr() != self._address:
+                self._read()
+            return self._product(states.detach())
         output: torch.Tensor = self._plain(states)
         return output
 
@@ -82,11 +90,7 @@ class OwnHead:
             return False
         if (states.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
             return False
-        if torch.compiler.is_compiling() or fingerprint([self._head]) != self._fingerprint:
-            return False
-        if self._head.weight.data_ptr() != self._address:
-            self._product = None
-        return self._product is not None
+        return not torch.compiler.is_compiling() and fingerprint([self._head]) == self._fingerprint
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Copies of the layer compute by themselves.
