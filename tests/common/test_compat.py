@@ -292,6 +292,23 @@ def test_compiled_code_is_kept_where_no_other_user_can_exchange_it(
     fresh.rmdir()
 
 
+def test_what_changes_a_module_shows() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
+    seen = [compat_torch.fingerprint([module])]
+    changes: list[Callable[[], object]] = [
+        lambda: module[0].register_forward_hook(lambda *_: None),
+        lambda: module[0].weight.mul_(2),
+        lambda: setattr(module[0], "bias", None),
+        lambda: setattr(module[0], "forward", lambda states: states),
+        lambda: setattr(module, "0", torch.nn.Identity()),
+    ]
+    for change in changes:
+        change()
+        seen.append(compat_torch.fingerprint([module]))
+        assert seen[-1] not in seen[:-1], "see compat.torch.fingerprint"
+    assert compat_torch.fingerprint([module]) == seen[-1]
+
+
 def test_hooks_are_removed() -> None:
     module, called = torch.nn.Sequential(torch.nn.Identity()), []
     module.register_forward_hook(lambda *_: called.append("after"))

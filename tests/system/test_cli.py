@@ -233,7 +233,7 @@ def test_inspect(run: Any, checkpoint: Path) -> None:
 def test_doctor_finds_everything_in_place(run: Any, address: str) -> None:
     done = run("doctor", "--broker", address, "--json")
     findings = {finding["subject"]: finding for finding in done.json["findings"]}
-    assert list(findings) == ["versions", "GPU", "threads", "layers", "encryption", "keys", "broker", "workers"]
+    assert list(findings) == ["versions", "GPU", "threads", "CPU", "encryption", "keys", "broker", "workers"]
     assert findings["workers"]["status"] == "ok"
     # The name tells this worker from another one of the same member.
     assert re.fullmatch(r"serving tiny 2:4 \(worker-1/[0-9a-f]{8}\)", findings["workers"]["detail"])

@@ -84,11 +84,6 @@ def fingerprint(modules: Iterable[nn.Module]) -> list[object]:
     return found
 
 
-def addresses(modules: Iterable[nn.Module]) -> list[int]:
-    """Where the parameters of some modules lie."""
-    return [parameter.data_ptr() for module in modules for parameter in module.parameters()]
-
-
 def remove_forward_hooks(module: nn.Module) -> None:
     """Removes all hooks of a module's forward. Those of its children stay.
 

@@ -169,16 +169,15 @@ def _compiled_code() -> Finding:
     from split_common.engine.tuning import from_environment
 
     if not from_environment():
-        return Finding("layers", "note", "LAMBDA_SPLIT_TUNE is off: nothing is compiled for this CPU")
+        return Finding("CPU", "note", "LAMBDA_SPLIT_TUNE is off: nothing is compiled for this CPU")
     if native.load():
-        detail = f"those of the usual shape are fused on the CPU, by code for its {native.instruction_set()}"
-        return Finding("layers", "ok", detail)
+        detail = f"layers of the usual shape are fused, by code for its {native.instruction_set()}"
+        return Finding("CPU", "ok", detail)
     if (command := native.compiler()) is not None:
-        return Finding(
-            "layers", "ok", f"those of the usual shape will be fused on the CPU: {command} compiles the code"
-        )
-    wanted = "with a C++ compiler (c++, g++, clang++ or CXX), those on the CPU take half the time"
-    return Finding("layers", "note", f"they cannot be fused: {wanted}")
+        detail = f"layers of the usual shape will be fused: {command} compiles the code at a first start"
+        return Finding("CPU", "ok", detail)
+    wanted = "with a C++ compiler (c++, g++, clang++ or CXX), they take half the time"
+    return Finding("CPU", "note", f"layers are not fused: {wanted}")
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from split_common.compat.torch import addresses, fingerprint, twin_with
+from split_common.compat.torch import fingerprint, twin_with
 from split_common.compat.transformers import active_captures
 from split_common.engine import native
 from split_common.engine.attention import AttentionCall
@@ -195,7 +195,7 @@ class FusedEnd:
         self._modules = [stack.slots[index] for index in self.indices]
         self._make = lambda: FusedCall(library, self._layers, stack.width, self._rotated, self._shape)
         self.call, self._vectors = self._make(), self._copied_vectors()
-        self._fingerprint, self._addresses = fingerprint(self._modules), addresses(self._modules)
+        self._fingerprint, self._addresses = fingerprint(self._modules), _addresses(self._modules)
 
     def wrap(self, hidden: torch.Tensor) -> Any:
         """What a layer of this model returns for an output."""
@@ -221,7 +221,7 @@ class FusedEnd:
             return None
         if fingerprint(self._modules) != self._fingerprint:
             return None
-        if (found := addresses(self._modules)) != self._addresses and not self._follow(found):
+        if (found := _addresses(self._modules)) != self._addresses and not self._follow(found):
             return None
         if (call := self.call) is None:
             return None
@@ -345,6 +345,11 @@ def _rotary(arguments: Any, rows: int, tokens: int) -> tuple[torch.Tensor, torch
     """The one pair of cosines and sines among a layer's arguments; None if there is none, or several."""
     pairs = [pair for value in arguments if (pair := rotary_pair(value, rows, tokens)) is not None]
     return pairs[0] if len(pairs) == 1 else None
+
+
+def _addresses(modules: Sequence[nn.Module]) -> list[int]:
+    """Where the parameters of modules lie."""
+    return [parameter.data_ptr() for module in modules for parameter in module.parameters()]
 
 
 def _is_usual(tensor: torch.Tensor) -> bool:
