@@ -23,8 +23,8 @@ PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80], [25, 17, 90, 33, 4, 71, 12]])
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
 
-#: Of the usual shape: with biases, norms of queries and keys, joined weights, other heads.
-USUAL = ("llama", "qwen2", "qwen3", "phi3")
+#: Of the usual shape: with biases, norms of queries and keys, joined weights.
+USUAL: dict[str, dict[str, Any]] = {"llama": {}, "qwen2": {}, "qwen3": {}, "phi3": {"sliding_window": None}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,8 +65,8 @@ def pair(broker: str, tmp_path: Path, small: None) -> Iterator[Callable[..., Any
     """An unsplit model and a split one."""
     with contextlib.ExitStack() as stack:
 
-        def make(arch: str = "llama", head: int = 2, tail: int = 2) -> tuple[Any, Any]:
-            checkpoint = tiny.save(arch, tmp_path / arch)
+        def make(arch: str = "llama", head: int = 2, tail: int = 2, **config: Any) -> tuple[Any, Any]:
+            checkpoint = tiny.save(arch, tmp_path / arch, **config)
             full = AutoModelForCausalLM.from_pretrained(checkpoint).eval().requires_grad_(False)
             split, _ = stack.enter_context(joined(broker, checkpoint, head, tail))
             return full, split
@@ -82,7 +82,7 @@ def same(full: Any, split: Any, prompt: torch.Tensor = PROMPT, **options: Any) -
 
 @pytest.mark.parametrize("arch", USUAL)
 def test_tokens_are_the_unsplit_models(arch: str, pair: Callable[..., Any], calls: list[int]) -> None:
-    full, split = pair(arch)
+    full, split = pair(arch, **USUAL[arch])
     assert split.fused_ends.fusion == "compiling"
     same(full, split)
     assert split.fused_ends.fusion == "fused"
@@ -171,6 +171,12 @@ def test_layers_of_other_shapes_run_as_before(arch: str, pair: Callable[..., Any
     full, split = pair(arch)
     assert split.fused_ends is None
     same(full, split)
+
+
+def test_caches_with_windows_are_not_fused(pair: Callable[..., Any]) -> None:
+    full, split = pair("phi3", sliding_window=4)
+    same(full, split)
+    assert split.fused_ends.fusion is None
 
 
 def test_tuning_that_is_off(pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
