@@ -135,6 +135,17 @@ def test_drafts_of_a_layer_that_predicts_are_accepted(split: Any) -> None:
         assert counters["steps"] < counters["tokens"] / 2
 
 
+@pytest.mark.parametrize("part", ["computed", "chosen"])
+def test_states_that_cannot_be_kept_end_drafts_and_no_request(
+    split: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MtpSequence, part, lambda *_: 1 // 0)
+    with Generator(split, speculate="mtp") as generator, Generator(split, speculate="off") as other:
+        generation = generator.submit(requests()[0])
+        assert generation.result(LATE) == other.submit(requests()[0]).result(LATE)
+    assert (generation.speculate, generation.drafted_tokens) == ("off", 0)
+
+
 def test_a_long_prompt_is_read_while_steps_are_away(split: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     read = MtpDrafts.read

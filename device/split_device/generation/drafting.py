@@ -16,7 +16,7 @@ from split_device.generation.draft_model import DraftModel
 from split_device.generation.limits import Limits
 from split_device.generation.loaded_drafts import DraftSequence, LoadedDrafts
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
-from split_device.generation.mtp import MtpDrafts, MtpSequence
+from split_device.generation.mtp import MtpDrafts
 from split_device.speculation.drafter import Drafter
 from split_device.speculation.drafters import TREE_TOKENS, check_choice
 from split_device.speculation.names import AUTO, DRAFT, MTP, OFF, draft_model, is_loaded
@@ -67,11 +67,8 @@ class Drafting:
         self._rows = self._drafted = 0
         self.choose(self._default)
         if is_loaded(self._default):
-            memory, name = (
-                limits.kv_memory if limits.kv_memory is not None else KV_MEMORY,
-                draft_model(self._default),
-            )
-            if name is None:
+            memory = limits.kv_memory if limits.kv_memory is not None else KV_MEMORY
+            if (name := draft_model(self._default)) is None:
                 self._model = MtpDrafts(model, layers, memory)
             else:
                 self._model = DraftModel(name, model, layers.vocabulary, memory, tokenizer)
@@ -148,8 +145,8 @@ class Drafting:
 
     def computed(self, request: ActiveRequest, states: torch.Tensor) -> None:
         """The tail has computed states `[tokens, width]` of a request's next tokens, which MTP layers need."""
-        if isinstance(sequence := self._sequences.get(request), MtpSequence):
-            sequence.computed(states)
+        if self._model is not None and (sequence := self._sequences.get(request)) is not None:
+            self._model.computed(sequence, states)
 
     def checked(self, checked: Checked) -> None:
         """A request's step is through, and its next tokens are chosen."""
@@ -172,8 +169,8 @@ class Drafting:
             request.speculation.extend(text[-PROMPT_TOKENS:])
         else:
             request.speculation.extend(checked.tokens)
-        if isinstance(sequence := self._sequences.get(request), MtpSequence):
-            sequence.chosen(drafted - checked.matched, len(checked.tokens) - checked.matched)
+        if self._model is not None and (sequence := self._sequences.get(request)) is not None:
+            self._model.chosen(sequence, drafted - checked.matched, len(checked.tokens) - checked.matched)
         tokens = [request.last_token, *request.drafts]
         request.speculation.checked(request.step_tokens - drafted, tokens, checked.logits, checked.matched)
 

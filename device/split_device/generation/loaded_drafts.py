@@ -74,6 +74,17 @@ class DraftSequence:
         """Number of tokens in the cache."""
         return len(self._held)
 
+    def computed(self, states: torch.Tensor) -> None:
+        """Takes the model's states `[tokens, width]` of the text's next tokens, and of a draft behind them."""
+
+    def chosen(self, wrong: int, entering: int) -> None:
+        """A step is through, and the text has its next tokens.
+
+        Args:
+            wrong: number of the states, the last ones, that are of drafts that were not right.
+            entering: number of the text's tokens, the last ones, that have no state yet.
+        """
+
     def can_begin(self, tokens: int) -> bool:
         """Whether a draft can begin behind a text of which so many tokens have not been through the model."""
         return True
@@ -156,6 +167,18 @@ class LoadedDrafts(Generic[Sequence_]):
     def drafts_for(self, sequence: Sequence_) -> bool:
         """Whether a sequence goes on. It ends by `end`, when a forward fails, or when its text does not fit."""
         return sequence in self._sequences
+
+    def computed(self, sequence: Sequence_, states: torch.Tensor) -> None:
+        """As `DraftSequence.computed`. What fails ends the sequence."""
+        if sequence in self._sequences:
+            with self._failing([sequence]):
+                sequence.computed(states)
+
+    def chosen(self, sequence: Sequence_, wrong: int, entering: int) -> None:
+        """As `DraftSequence.chosen`. What fails ends the sequence."""
+        if sequence in self._sequences:
+            with self._failing([sequence]):
+                sequence.chosen(wrong, entering)
 
     def read(self) -> None:
         """Reads some of the texts that are wanted, for about `READ_SECONDS`. What fails ends their sequences."""

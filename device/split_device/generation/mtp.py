@@ -44,17 +44,10 @@ class MtpSequence(DraftSequence):
         self.output: torch.Tensor | None = None
 
     def computed(self, states: torch.Tensor) -> None:
-        """Takes states `[tokens, width]` of the text's next tokens, and of a draft behind them."""
         # They are a part of what one forward made for all requests.
         self._computed.append(states[-MOST_STATES:].clone())
 
     def chosen(self, wrong: int, entering: int) -> None:
-        """A step is through, and the text has its next tokens.
-
-        Args:
-            wrong: number of the states, the last ones, that are of drafts that were not right.
-            entering: number of the text's tokens, the last ones, that have no state yet.
-        """
         if not self._computed:
             return
         states = torch.cat(self._computed)
