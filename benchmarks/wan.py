@@ -164,6 +164,14 @@ class Wan:
             "tokens_per_trip": {
                 kind: {s: _per_step(cells[self._rtts[-1], kind, s]) for s in self._settings} for kind in KINDS
             },
+            "bound_tok_s": {
+                str(rtt): {
+                    kind: {s: _bound(cells[rtt, kind, s], cells[0, kind, s], rtt / 1000) for s in self._settings}
+                    for kind in KINDS
+                }
+                for rtt in self._rtts
+                if rtt in FAR
+            },
             "share_of_bound": min(
                 _share(cells[rtt, kind, setting], cells[0, kind, setting], rtt / 1000)
                 for rtt, kind, setting in cells
@@ -353,10 +361,15 @@ def _per_step(streams: Sequence[Stream]) -> float:
     return sum(len(stream.tokens) - 1 for stream in streams) / sum(stream.steps for stream in streams)
 
 
-def _share(streams: Sequence[Stream], near: Sequence[Stream], rtt: float) -> float:
-    """Tokens per second over the bound: tokens of a step, over a round trip and a step at 0 ms, both measured."""
+def _bound(streams: Sequence[Stream], near: Sequence[Stream], rtt: float) -> float:
+    """Tokens per second of one step at a time: its tokens, over a round trip and a step at 0 ms, both measured."""
     step = sum(stream.seconds for stream in near) / sum(stream.steps for stream in near)
-    return _rate(streams) * (rtt + step) / _per_step(streams)
+    return _per_step(streams) / (rtt + step)
+
+
+def _share(streams: Sequence[Stream], near: Sequence[Stream], rtt: float) -> float:
+    """Tokens per second over the bound."""
+    return _rate(streams) / _bound(streams, near, rtt)
 
 
 def _bytes_per_token(streams: Sequence[Stream]) -> dict[str, float]:

@@ -169,8 +169,11 @@ def test_a_sessions_steps_run_one_after_the_other() -> None:
     bench = Bench()
     for number in range(3):
         run = TokenRun[Any](FakeSequence(), torch.full((1, 1), number), [number])
+        assert not bench.scheduler.has_more("session") or number == 2
         bench.add(ScheduledStep("session", "device", False, [run]))
+    assert bench.scheduler.has_more("session")
     assert bench.run_all() == [{"session": 1}] * 3
+    assert not bench.scheduler.has_more("session")
     assert [int(output) for _, output in bench.outputs if output is not None] == [0, 1, 2]
 
 

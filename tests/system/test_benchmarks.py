@@ -167,6 +167,7 @@ def test_wan(tmp_path: Path) -> None:
         "tokens_per_trip",
         "tokens_per_round_trip",
         "trees_identical",
+        "bound_tok_s",
         "share_of_bound",
         "bytes_per_token",
         "identical",

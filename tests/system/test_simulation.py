@@ -24,7 +24,7 @@ from simulation import FAULTS, PRIME, World, link_of, mixed, outcome, outcomes, 
 from split_common.engine.trees import depths, is_chain
 from split_common.errors import NoWorker, UnsupportedFeature
 from split_common.trust.fleet import Fleet
-from split_device.models.cache import SessionCacheLayer
+from split_device.models.flight import FlyingCacheLayer, Landed, Leg
 from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits
 
@@ -40,7 +40,9 @@ CHUNKS = [
 
 #: What a sequence is made of, and how often.
 ACTS = (
-    ("step",) * 8 + ("speculate", "branch", "branch", "crop", "reorder", "repeat", "copy", "drop", "wait") + FAULTS
+    ("step",) * 8
+    + ("speculate", "branch", "branch", "fly", "fly", "crop", "reorder", "repeat", "copy", "drop", "wait")
+    + FAULTS
 )
 
 
@@ -59,7 +61,7 @@ def _quietly() -> Iterator[None]:
 class Generation:
     """A cache, and what each of its rows was given, as it would be without a split."""
 
-    def __init__(self, world: World, layer: SessionCacheLayer, rows: int) -> None:
+    def __init__(self, world: World, layer: FlyingCacheLayer, rows: int) -> None:
         self.world = world
         self.layer = layer
         self.rows: list[list[int]] = [[] for _ in range(rows)]
@@ -140,6 +142,20 @@ class Generation:
                 self.layer.crop(length + len(path))
             row += keys[path].tolist()
 
+    def fly(self, choose: random.Random) -> None:
+        """Steps that are sent before it is known whether those in front are right; as `Legs` goes on."""
+        if len(self.rows) > 1 or not self.rows[0]:
+            return
+        if len(self.rows[0]) > 24:
+            self.layer.crop(24)
+            self.rows = [self.rows[0][:24]]
+        # Requests whose drafts are trees send none ahead.
+        self.step(choose, 1)
+        self.world.spare_step()
+        landed = Flights(self, choose).run()
+        assert landed.error is None
+        assert not landed.lost
+
     def crop(self, choose: random.Random) -> None:
         length = len(self.rows[0])
         if length > 1:
@@ -164,6 +180,54 @@ class Generation:
         return twin
 
 
+class Flights:
+    """Legs as a request would send them, up to four at once: each may turn out to have begun at a wrong token."""
+
+    def __init__(self, generation: Generation, choose: random.Random) -> None:
+        self._generation, self._choose = generation, choose
+        self._left = choose.randrange(1, 8)
+        self._ready: list[Leg] = []
+        #: Those that are not checked, in their order.
+        self._air: list[Leg] = []
+
+    def run(self) -> Landed:
+        self._add(len(self._generation.rows[0]), True)
+        self._send_ahead()
+        return self._generation.layer.fly(self._ready.pop(0), self._take, self._output)
+
+    def _take(self) -> Leg | None:
+        return self._ready.pop(0) if self._ready else None
+
+    def _add(self, start: int, begins: bool) -> None:
+        states = torch.tensor([[float(self._choose.randrange(PRIME))] for _ in range(self._choose.choice([1, 2]))])
+        leg = Leg(start, len(states), begins, self._choose.choice([None, 2]), states)
+        self._air.append(leg)
+        self._ready.append(leg)
+        self._left -= 1
+
+    def _send_ahead(self) -> None:
+        while self._left > 0 and len(self._air) < 4 and self._choose.random() < 0.7:
+            self._add(self._air[-1].start + self._air[-1].tokens, False)
+
+    def _output(self, leg: Leg, output: torch.Tensor) -> None:
+        # The worker had what was sent before, right or not.
+        positions = np.arange(leg.start, leg.start + leg.tokens)
+        row = self._generation.rows[0]
+        row[leg.start :] = mixed(leg.states.view(-1).numpy(), positions).astype(int).tolist()
+        assert output.view(-1).tolist() == outcome(np.asarray(row), leg.tokens).tolist()
+        if leg.void:
+            return
+        assert self._air.pop(0) is leg
+        if self._choose.random() < 0.4:
+            for each in reversed(self._air):
+                each.void = True
+            self._air.clear()
+            if self._left > 0:
+                self._add(self._choose.randrange(leg.start + 1, leg.start + leg.tokens + 1), True)
+        self._send_ahead() if self._air else None
+        self._generation.layer.nudge()
+
+
 def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.MonkeyPatch) -> World:
     """Raises when anything is lost, wrong or left behind."""
     world = World(fleet, number, patch)
@@ -175,8 +239,8 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
     memory = choose.choice([0, 64, 10**6])
     client = world.start_client()
 
-    def new_layer() -> SessionCacheLayer:
-        return SessionCacheLayer(client, Traits(False, False), history_memory=memory)
+    def new_layer() -> FlyingCacheLayer:
+        return FlyingCacheLayer(client, Traits(False, False), history_memory=memory)
 
     generations = [Generation(world, new_layer(), choose.choice([1, 1, 2, 3]))]
     faults = 0
@@ -186,7 +250,7 @@ def run_sequence(fleet: Fleet, number: int, acts: list[str], patch: pytest.Monke
             case "step":
                 generation.step(choose)
                 faults = 0
-            case "speculate" | "branch":
+            case "speculate" | "branch" | "fly":
                 getattr(generation, act)(choose)
                 faults = 0
             case "copy":

@@ -332,7 +332,9 @@ class ComputeLoop:
         if isinstance(reply, payloads.Refusal):
             self.counters[f"refused_{reply.reason}"] += 1
         self._reply(request, reply, tensor)
-        if isinstance(reply, payloads.Result) and not request.prefill:
+        if isinstance(reply, payloads.Result) and not (
+            request.prefill or self._scheduler.has_more(request.session)
+        ):
             self._delay.answered(request.session, time.perf_counter())
         if isinstance(reply, payloads.Refusal) and (
             reply.reason == "failed" or (reply.reason == "evicted" and request.session.state.holds_memory)

@@ -172,6 +172,10 @@ class Scheduler(Generic[_Request, _Run]):
         """The sessions that have steps."""
         return set(self._active)
 
+    def has_more(self, session: Hashable) -> bool:
+        """Whether a session has steps behind its first one."""
+        return session in self._waiting
+
     def add(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
         """Takes a step. Returns it if it may start now. If not, `end` or `due` returns it when it may."""
         if step.session in self._active:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,11 @@ import torch
 from split_common.engine.sequences import KVSequence
 from split_common.engine.trees import depths
 from split_common.errors import SplitError
+from split_device.generation.flights import Legs
 from split_device.generation.placing import PlacedPrompt, Placement
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
-from split_device.models.cache import SessionCacheLayer
+from split_device.models.flight import FlyingCacheLayer, Landed, Leg
 from split_device.models.prepared import StepContext
 from split_device.models.prompt_parts import Part, PromptParts
 from split_device.sessions.prefix import SessionPrefix
@@ -32,8 +34,17 @@ class OutputPart:
 #: Keeps tokens of a sequence, see `KVSequence.keep`.
 Keep = Callable[[KVSequence, int, Sequence[int]], None]
 
-#: The outcome of a step, or of a part of it: states `[tokens, width]`, or an error.
-Outcome = torch.Tensor | OutputPart | Exception
+
+@dataclass(frozen=True)
+class LegOutput:
+    """The output `[tokens, width]` of one of several steps that are away."""
+
+    leg: Leg
+    states: torch.Tensor
+
+
+#: The outcome of a step, or of a part of it: states `[tokens, width]`, or an error; or the end of a flight.
+Outcome = torch.Tensor | OutputPart | LegOutput | Landed | Exception
 
 
 @dataclass(eq=False)
@@ -45,7 +56,7 @@ class ActiveRequest:
 
     generation: Generation
     sampler: Sampler
-    session: SessionCacheLayer
+    session: FlyingCacheLayer
     #: Its keys and values in head and tail; None for an end without layers.
     sequences: tuple[KVSequence | None, KVSequence | None]
     #: Memory that is reserved for it in head and tail, in units of their stores.
@@ -90,9 +101,13 @@ class ActiveRequest:
     ended: bool = False
     #: Its prompt, if that has images and is embedded.
     placed: PlacedPrompt | None = None
-    #: States `[tokens, width]` for the worker, and whether they are a step's last ones; None ends the session's
-    #: thread.
-    outbox: queue.SimpleQueue[Part | None] = field(default_factory=queue.SimpleQueue)
+    #: Its decoding steps, once it has sent one ahead; None before.
+    legs: Legs | None = None
+    #: Whether the last one that the session's thread sent did not fail.
+    flew: bool = True
+    #: States `[tokens, width]` for the worker, and whether they are a step's last ones; or one of several steps
+    #: that are away. None ends the session's thread.
+    outbox: queue.SimpleQueue[Part | Leg | None] = field(default_factory=queue.SimpleQueue)
 
     @property
     def adapter(self) -> int | None:
@@ -104,6 +119,14 @@ class ActiveRequest:
     def placement(self) -> Placement | None:
         """Where its tokens are; None if their positions are their indices."""
         return None if self.placed is None else self.placed.placement
+
+    def take_pending(self) -> list[list[int]]:
+        """Takes the tokens that enter the head next: the first list, or all steps that leave together."""
+        if self.legs is None:
+            return [self.pending.popleft()]
+        pending = [*self.pending]
+        self.pending.clear()
+        return pending
 
     def positions(self, begin: int, count: int) -> Sequence[int]:
         """The positions, on the first axis, of the tokens from index `begin` on."""
@@ -131,7 +154,7 @@ class ActiveRequest:
         begin = self.tail_tokens - len(self.drafts)
         tree, self.drafts, self.parents = bool(self.parents), [], []
         tokens = begin + len(path)
-        if tokens == self.tail_tokens:
+        if tokens == self.tail_tokens == self.head_tokens:
             return
         self.head_tokens = self.tail_tokens = tokens
         for sequence, keep_of in zip(self.sequences, keep, strict=True):
@@ -139,8 +162,49 @@ class ActiveRequest:
                 keep_of(sequence, begin, path)
         if tree:
             self.session.keep(begin, path)
-        else:
+        elif self.legs is None:
             self.session.crop(tokens)
+        # Else the next step says where it starts: the session's thread may be at work.
+
+    def goes_on(self, tokens: Sequence[int], matched: int) -> bool:
+        """Whether its next step is away already, and begins with the token that was chosen after all of a draft.
+
+        Args:
+            tokens: those that were chosen.
+            matched: how many of them the draft had.
+        """
+        if self.legs is None or not matched == len(self.drafts) == len(tokens) - 1:
+            return False
+        if not self.legs.go_on(tokens[-1]):
+            return False
+        self.sent = self.legs.sent
+        return True
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its step had left before the one in front of it was checked."""
+        return self.legs is not None and self.legs.sent is not None
+
+    def take_early(self) -> list[torch.Tensor]:
+        """The output `[tokens, width]` of its step, if that came before the one in front of it was checked."""
+        if self.legs is None or self.ended or (output := self.legs.take_early()) is None:
+            return []
+        self.ready_since = time.monotonic()
+        return [output]
+
+    def landing(self, outcome: Outcome) -> tuple[bool, torch.Tensor | Exception | None]:
+        """Takes an outcome. Returns whether its session's thread has nothing more, and what became of its step.
+
+        That is None if the step is not concerned.
+        """
+        if self.legs is None or not isinstance(outcome, LegOutput | Landed):
+            assert isinstance(outcome, torch.Tensor | Exception)
+            return True, outcome
+        if isinstance(outcome, LegOutput):
+            concerns = self.legs.returned(outcome.leg, outcome.states) or self.session.indivisible
+            return False, outcome.states if concerns and not outcome.leg.void else None
+        error = self.legs.landed(outcome)
+        return not self.legs.away, error
 
     @property
     def has_draft(self) -> bool:
@@ -151,8 +215,10 @@ class ActiveRequest:
         """Takes back the draft of the step that its worker has refused. Returns the states that are left of it."""
         assert self.sent is not None
         drafted, self.drafts, self.parents = len(self.drafts), [], []
-        self.head_tokens -= drafted
         self.step_tokens -= drafted
+        self.head_tokens = self.tail_tokens + self.step_tokens
+        if self.legs is not None:
+            self.legs.add(self.tail_tokens, self.tokens[-self.step_tokens :], self.room)
         if (head := self.sequences[0]) is not None:
             head.truncate(self.head_tokens)
         if self.speculation is not None:
@@ -170,6 +236,11 @@ class ActiveRequest:
 
     def send(self, states: torch.Tensor) -> bool:
         """Hands states `[tokens, width]` to the session's thread. Returns whether they are a step's last ones."""
+        if self.legs is not None and self.legs.unsent:
+            self.outbox.put(self.legs.leaves(states))
+            self.sent = self.legs.sent
+            self.session.nudge()
+            return True
         self.parts_to_send -= 1
         is_last = self.parts_to_send == 0
         self.sent = states if self.drafts else None
@@ -184,6 +255,9 @@ class ActiveRequest:
         """
         while (part := self.outbox.get()) is not None:
             outcome: Outcome
+            if isinstance(part, Leg):
+                on_outcome(self, self._fly(part, lambda *output: on_outcome(self, LegOutput(*output))))
+                continue
             try:
                 with torch.inference_mode():
                     outcome = self._run(part, lambda states: on_outcome(self, OutputPart(states)))
@@ -207,7 +281,26 @@ class ActiveRequest:
             return self.session.step(states[None], context)[0]
         return self.session.stream(PromptParts(states, self._next_part, on_output, last_only, self._room))
 
+    def _fly(self, leg: Leg, on_output: Callable[[Leg, torch.Tensor], None]) -> Landed:
+        """Runs a step, and those that come while any is away. Those behind one that has failed are lost with it."""
+        if leg.void or not (leg.begins or self.flew):
+            return Landed(1, [leg], None)
+        with torch.inference_mode():
+            landed = self.session.fly(leg, self._next_leg, on_output)
+        self.flew = landed.error is None
+        return landed
+
+    def _next_leg(self) -> Leg | None:
+        leg = self._next(False)
+        assert leg is None or isinstance(leg, Leg)
+        return leg
+
     def _next_part(self, wait: bool) -> Part | None:
+        part = self._next(wait)
+        assert not isinstance(part, Leg)
+        return part
+
+    def _next(self, wait: bool) -> Part | Leg | None:
         try:
             part = self.outbox.get(wait)
         except queue.Empty:

@@ -16,7 +16,7 @@ from split_device.generation.local_layers import LocalLayers
 from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
-from split_device.models.cache import SessionCacheLayer
+from split_device.models.flight import FlyingCacheLayer
 from split_device.speculation.drafters import TREE_TOKENS, TREES
 from split_device.speculation.names import MTP, OFF
 
@@ -108,8 +108,8 @@ class ActiveRequests:
         self.prefixes.make_room(self.by_generation.values())
         return [request] if may_enter else []
 
-    def _new_session(self, generation: Generation) -> SessionCacheLayer:
-        return SessionCacheLayer(
+    def _new_session(self, generation: Generation) -> FlyingCacheLayer:
+        return FlyingCacheLayer(
             self._parts.client,
             self._parts.traits,
             history_memory=self._history_memory,
@@ -130,6 +130,8 @@ class ActiveRequests:
             Requests that have waited for it and may enter the head.
         """
         request.ended = True
+        if request.legs is not None:
+            request.legs.drop()
         if request.speculation is not None:
             request.speculation.ended()
         del self.by_generation[request.generation]

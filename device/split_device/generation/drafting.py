@@ -11,6 +11,7 @@ import torch
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.generation.active import ActiveRequest
+from split_device.generation.ahead import add_steps, draft_ahead
 from split_device.generation.checking import Checked
 from split_device.generation.draft_model import DraftModel
 from split_device.generation.limits import Limits
@@ -57,7 +58,7 @@ class Drafting:
         self._pads = bool(model.split_parts.client.pad_steps)
         self._pace = self._model_pace = Pace(TREE_TOKENS - 1, pads=self._pads)
         self._layers = layers
-        self._default = limits.speculate
+        self._default, self._steps_ahead = limits.speculate, limits.steps_ahead
         #: Drafts for requests that ask for it; None if the default is another drafter.
         self._model: LoadedDrafts[Any] | None = None
         self._sequences: dict[ActiveRequest, DraftSequence] = {}
@@ -222,9 +223,12 @@ class Drafting:
         """Makes a request's next step of these tokens, and of a draft behind them."""
         request.last_token = tokens[-1]
         most = DECODE_TOKENS
-        if self._pace.room is not None and _is_sized(request):
+        if request.legs:
+            # It is away already.
+            (_, *request.drafts), *_ = request.legs.steps
+        elif self._pace.room is not None and _is_sized(request):
             most = request.room = self._pace.room.tokens
-        if request.speculation is not None:
+        if request.speculation is not None and not request.legs:
             if request.speculation.branches and self._takes_trees(request):
                 tree = request.speculation.tree(_limit(request, tokens, TREE_TOKENS))
                 request.drafts, request.parents = tree.tokens, tree.after(len(tokens))
@@ -232,9 +236,13 @@ class Drafting:
                 limit = _limit(request, tokens, most)
                 request.drafts = request.speculation.draft(len(tokens), limit, self._rows, self._drafted)
                 request.parents = []
-            self._drafted += len(request.drafts)
+        self._drafted += len(request.drafts)
         request.step_tokens = len(tokens) + len(request.drafts)
-        request.pending.append([*tokens, *request.drafts])
+        # Steps that nobody waits for would delay those of others.
+        most = self._steps_ahead if len(self._active) == 1 and not request.parents else 0
+        ahead = draft_ahead(request, len(tokens), most)
+        self._counters["steps_ahead"] += len(ahead)
+        add_steps(request, ahead if request.legs else [[*tokens, *request.drafts], *ahead])
 
     def _takes_trees(self, request: ActiveRequest) -> bool:
         """Whether a request's next step may have several continuations."""
@@ -242,7 +250,7 @@ class Drafting:
 
     def _stepping(self, begun: Iterable[ActiveRequest]) -> None:
         """Notes what is under way now that the next steps of these requests begin."""
-        speculating = [each for each in begun if each.speculation is not None and not each.ended]
+        speculating = [each for each in begun if each.speculation is not None and not (each.ended or each.is_away)]
         if not speculating:
             return
         stepping = [each for each in self._active if each.step_tokens]

@@ -23,15 +23,20 @@ def embed_next(layers: LocalLayers, requests: Sequence[ActiveRequest]) -> Iterat
     They count as entered: `head_tokens` goes on. A long prompt is yielded in parts, which go through the head one
     after the other.
     """
-    decoding = [request for request in requests if not is_prefill(len(request.pending[0]))]
-    prefilling = [request for request in requests if is_prefill(len(request.pending[0]))]
-    for together in ([decoding] if decoding else []) + [[request] for request in prefilling]:
-        yield from _embed(layers, together)
+    entering = [(request, tokens) for request in requests for tokens in request.take_pending()]
+    decoding = [each for each in entering if not is_prefill(len(each[1]))]
+    prefilling = [each for each in entering if is_prefill(len(each[1]))]
+    for together in ([decoding] if decoding else []) + [[each] for each in prefilling]:
+        yield from _embed(layers, *zip(*together, strict=True))
 
 
-def _embed(layers: LocalLayers, requests: Sequence[ActiveRequest]) -> Iterator[Embedded]:
-    tokens = [request.pending.popleft() for request in requests]
-    begins = [request.head_tokens for request in requests]
+def _embed(
+    layers: LocalLayers, requests: Sequence[ActiveRequest], tokens: Sequence[list[int]]
+) -> Iterator[Embedded]:
+    begins = []
+    for request, part in zip(requests, tokens, strict=True):
+        begins.append(request.head_tokens)
+        request.head_tokens += len(part)
     positions = [
         position
         for request, begin, part in zip(requests, begins, tokens, strict=True)
@@ -39,9 +44,8 @@ def _embed(layers: LocalLayers, requests: Sequence[ActiveRequest]) -> Iterator[E
     ]
     adapters = [request.adapter for request, part in zip(requests, tokens, strict=True) for _ in part]
     states = layers.embed([token for part in tokens for token in part], positions, adapters)
-    for request, begin, part in zip(requests, begins, torch.split(states, [*map(len, tokens)]), strict=True):
-        request.head_tokens += len(part)
-        pieces = torch.chunk(request.with_images(begin, part), _parts(layers, request, len(part)))
+    for request, begin, own in zip(requests, begins, torch.split(states, [*map(len, tokens)]), strict=True):
+        pieces = torch.chunk(request.with_images(begin, own), _parts(layers, request, len(own)))
         request.parts_to_send = len(pieces)
         for piece in pieces:
             yield request, begin, piece

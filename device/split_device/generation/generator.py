@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import queue
 import threading
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ import torch
 
 from split_common.errors import Busy, PromptTooLong, SplitError, UnsupportedFeature
 from split_common.system.forks import Birthplace
-from split_device.generation.active import ActiveRequest, Outcome, OutputPart
+from split_device.generation.active import ActiveRequest, LegOutput, Outcome, OutputPart
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
 from split_device.generation.checking import Checked, check_drafts
@@ -28,6 +27,7 @@ from split_device.generation.drafting import Drafting
 from split_device.generation.embedding import embed_next
 from split_device.generation.first_tokens import FirstTokens, is_delayed
 from split_device.generation.forced_tokens import accept_first
+from split_device.generation.inbox import Inbox
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import KV_MEMORY, LocalLayers
 from split_device.generation.placing import ImagePrompts, PlacedPrompt
@@ -40,12 +40,6 @@ from split_device.sessions.notices import OnNotice
 __all__ = ["Generation", "Generator", "Logprobs", "Request"]
 
 log = logging.getLogger(__name__)
-
-#: A forward waits for further replies until none has come for this many seconds.
-REPLY_GAP = 0.003
-
-#: Longest time, in seconds, that a forward waits for further replies.
-MAX_REPLY_WAIT = 0.05
 
 #: Seconds that `close` waits for sessions to be freed on their workers.
 CLOSE_TIMEOUT = 2.0
@@ -86,8 +80,7 @@ class Generator:
         self._layers = LocalLayers(model, limits.kv_memory if limits.kv_memory is not None else KV_MEMORY)
         self._images = ImagePrompts(model, self._layers.packed)
         self._head, self._tail = Stage(self._layers.head), Stage(self._layers.tail)
-        #: Calls from other threads, to be made on the loop's thread.
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._scorer = PromptScorer(self._layers.logits, self._layers.vocabulary)
         self._admission = Admission(self._head, self._tail, limits.requests)
         parts, stages = model.split_parts, (self._head, self._tail)
@@ -109,8 +102,7 @@ class Generator:
         #: Time at the start of this turn. All decisions of a turn use the same clock reading.
         self._now = time.monotonic()
         # Held while a request is handed to the loop, and while the loop is told to end.
-        self._lock = threading.Lock()
-        self._closing = False
+        self._lock, self._closing = threading.Lock(), False
         self._birthplace = Birthplace("the generator")
         self._thread = threading.Thread(target=self._run, name="lambda-split-generator", daemon=True)
         self._thread.start()
@@ -186,8 +178,7 @@ class Generator:
                 self._closing = True
         for request in list(self._active.values()):
             self._end(request, outcome)
-        while not self._inbox.empty():
-            self._inbox.get()()
+        self._inbox.drain()
         for generation in self._admission.waiting():
             generation.finish(outcome)
         self._requests.close()
@@ -211,20 +202,12 @@ class Generator:
         urgent = self._first_tokens.urgent(self._now)
         can_enter = any(not is_delayed(request, urgent, self._now) for request, _ in self._arrived)
         idle = self._head.idle and self._tail.idle and self._scorer.idle and not can_enter
-        if idle and not (self._at_workers and self._inbox.empty() and self._drafting.read()):
+        if idle and not (self._at_workers and self._inbox.empty and self._drafting.read()):
             times = self._first_tokens.delay_ends(request for request, _ in (*self._outgoing, *self._arrived))
             times += self._admission.pause_ends
-            wake = min((at for at in times if at > self._now), default=None)
-            try:
-                self._inbox.get(timeout=None if wake is None else max(0.0, wake - time.monotonic()))()
-            except queue.Empty:
+            if not self._inbox.wait(min((at for at in times if at > self._now), default=None)):
                 return
-        until = time.monotonic() + MAX_REPLY_WAIT
-        while True:
-            try:
-                self._inbox.get(timeout=REPLY_GAP if self._at_workers and time.monotonic() < until else 0.0)()
-            except queue.Empty:
-                return
+        self._inbox.gather(lambda: bool(self._at_workers))
 
     def _admit(self) -> None:
         """Begins waiting requests while there is memory for them, here and on the workers."""
@@ -250,8 +233,7 @@ class Generator:
             elif states is not None and not self._scorer.add(request, states):
                 self._proceed(request, states[-1 - len(request.drafts) :])
         if (scored := self._scorer.run()) is not None:
-            request, state = scored
-            self._proceed(request, state[None])
+            self._proceed(scored[0], scored[1][None])
 
     def _proceed(self, request: ActiveRequest, states: torch.Tensor) -> None:
         if request.awaits_first_token:
@@ -276,10 +258,11 @@ class Generator:
             if failure is not None:
                 self._end(request, failure)
             self._entering.append(request)
+            self._arrived += [(request, output) for output in request.take_early()]
 
     def _enter_head(self) -> None:
         """Embeds the next tokens of requests and hands them to the head."""
-        entering, self._entering = [request for request in self._entering if not request.ended], []
+        entering, self._entering = [each for each in self._entering if not each.ended and each.pending], []
         for request, begin, states in embed_next(self._layers, entering):
             self._head.add(request, request.sequences[0], begin, states, request)
 
@@ -333,14 +316,21 @@ class Generator:
             self._entering.append(request)
 
     def _returned(self, request: ActiveRequest, outcome: Outcome) -> None:
-        """A step has come back from its worker, or a part of one."""
+        """A step has come back from its worker, or a part of one, or what is left of a flight."""
         if isinstance(outcome, OutputPart):
             if not request.ended:
                 request.parts_in_tail += 1
                 self._arrived.append((request, outcome.states))
             return
-        self._at_workers.pop(request, None)
-        self._requests.left(request, outcome)
+        lands, found = request.landing(outcome)
+        if lands:
+            self._at_workers.pop(request, None)
+            self._requests.left(request, outcome)
+        elif isinstance(outcome, LegOutput) and request in self._at_workers:
+            self._at_workers[request] -= len(outcome.states)
+        if found is None:
+            return
+        outcome = found
         divided = request.session.indivisible and not request.undivided
         if not request.ended and (divided or (isinstance(outcome, Busy) and len(self._active) > 1)):
             self._end(request, None)
@@ -351,6 +341,7 @@ class Generator:
                 self._admission.pause(request.generation.adapter_name)
         elif isinstance(outcome, Busy | PromptTooLong | UnsupportedFeature) and request.has_draft:
             # The text itself may fit, and end before more is needed; and another worker may take no trees.
+            self._forget_ahead(request)
             request.parts_to_send = 1
             self._outgoing.append((request, request.without_drafts()))
         elif (states := self._states_of(request, outcome)) is not None:
@@ -373,7 +364,9 @@ class Generator:
         request = checked.request
         self.counters["tokens"] += len(checked.tokens)
         self._drafting.checked(checked)
-        request.drop_drafts(checked.path, (self._head.keep, self._tail.keep))
+        if not request.goes_on(checked.tokens, checked.matched):
+            self._forget_ahead(request)
+            request.drop_drafts(checked.path, (self._head.keep, self._tail.keep))
         if request.awaits_first_token:
             request.awaits_first_token = False
             self.counters["cached_tokens"] += request.generation.cached_tokens
@@ -381,6 +374,13 @@ class Generator:
         if reason := request.sampler.finish_reason(request.generation.tokens):
             self._end(request, reason)
         return reason is None
+
+    def _forget_ahead(self, request: ActiveRequest) -> None:
+        """Takes back what a request has sent ahead, or was about to."""
+        if request.legs is not None:
+            self.counters["stale_tokens"] += request.legs.drop()
+            self._head.cancel(request)
+            self._outgoing = [each for each in self._outgoing if each[0] is not request]
 
     def _cancel(self, generation: Generation) -> None:
         if (request := self._active.get(generation)) is not None:

@@ -128,7 +128,7 @@ class SessionCacheLayer(BodyLayer):
         self._history = History(self._history_memory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionCacheLayer:
-        copied = SessionCacheLayer(
+        copied = type(self)(
             self.client,
             self._traits,
             self._window,

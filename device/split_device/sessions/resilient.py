@@ -259,6 +259,11 @@ class ResilientSession:
         """
         self._left = True
 
+    def nudge(self) -> None:
+        """Makes a call under way look for requests that have come. Any thread may call it."""
+        if (session := self._session) is not None:
+            session.events.put(None)
+
     def _open(self, work: Replayable[S], step: S, avoid: Sequence[bytes], never: Sequence[bytes]) -> RemoteSession:
         """Opens the session: as a copy, or on some worker, where it is replayed."""
         origin, self._origin = self._origin, None

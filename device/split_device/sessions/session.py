@@ -52,7 +52,6 @@ class SessionHost(Protocol):
     timeout: float
     #: Seconds without a reply after which a worker is too slow, if another one is available.
     step_timeout: float
-
     #: Takes what is said of sessions.
     notices: Notices
 
@@ -82,7 +81,8 @@ class RemoteSession:
         #: How headers name it on this channel.
         self.ref = identity.on_wire(SESSION_KEYS in channel.crypto.capabilities)
         self.epoch = epoch
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        #: None makes a call look for requests.
+        self.events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._host = host
         self._keys = channel.crypto.epoch_keys(self.ref, epoch)
         self._seq = 0
@@ -92,14 +92,12 @@ class RemoteSession:
         self._birthplace = Birthplace("the model")
         # When bounced requests are sent again, even if other messages arrive before; by `time.monotonic`.
         self._bounced_until = math.inf
-        #: Whether to wait for a slow worker.
-        self.patient = False
+        self.patient = False  #: Whether to wait for a slow worker.
         #: Takes what is said while a call waits.
         self.say: OnNotice = host.notices.say
         # Travels before the first request, in the same trip; None once the worker has taken it.
         self._opening: payloads.Fork | payloads.UseAdapter | None = None
-        #: Whether its worker has made it a copy.
-        self.copied = False
+        self.copied = False  #: Whether its worker has made it a copy.
 
     @property
     def takes_padding(self) -> bool:
@@ -341,7 +339,7 @@ class RemoteSession:
         self._host.transport.send(*frames)
 
     def _next_event(self, glance: bool = False) -> tuple[headers.Relay, bytes] | None:
-        """The next reply to a request in flight. Sends the requests again if it takes long.
+        """The next reply to a request in flight; None to look for requests. Sends again if that takes long.
 
         Args:
             glance: whether to wait for `GLANCE` alone; then the answer is None if none came.
@@ -381,6 +379,8 @@ class RemoteSession:
                 if glance:
                     return None
                 continue
+            if event is None:
+                return None
             if isinstance(event, SplitError):
                 raise event
             header, body = event

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -240,6 +242,15 @@ class Speculation:
         limit = min(limit, self.limit)
         self._in_tree = limit > 0
         return self._drafter.draft_tree(limit) if limit > 0 else DraftTree()
+
+    def chance(self, length: int) -> float:
+        """The chance that all tokens of a draft of this length are right."""
+        return math.prod(itertools.islice(self._acceptance.chances(), length))
+
+    def ahead(self, known: Sequence[int], limit: int) -> list[int]:
+        """At most `limit` tokens behind those that are drafted already; none if others would be drafted now."""
+        draft = self._drafter.draft(len(known) + limit) if limit > 0 else []
+        return draft[len(known) :] if draft[: len(known)] == [*known] else []
 
     def _bet(self, stake: float) -> None:
         """Takes from the allowance what the draft may cost, instead of what an earlier one might have."""
