@@ -24,12 +24,13 @@ from split_common.system.process import passive_threads
 #: A setting: `--speculate`, `--codec`, and how many sessions there are at once.
 Setting = tuple[str, str, int]
 
-#: The settings that run, by milliseconds of a round trip. `ping` measures steps of 1, 2, 4, 8 and 16 sessions.
+#: The settings that run, by milliseconds of a round trip. `ping` measures steps of 1, 2, 4, 8 and 16 sessions. With
+#: trees, it measures steps of 1, 2 and 4, and answers of one.
 SETTINGS: dict[int, tuple[Setting, ...]] = {
     0: (("ngram", "exact", 1), ("off", "int8", 3), ("auto", "lossless", 6)),
-    20: (("suffix", "int4", 1), ("off", "exact", 6), ("ngram", "int8", 3)),
-    80: (("auto", "exact", 1), ("suffix", "int8", 3), ("off", "lossless", 12)),
-    200: (("ngram", "lossless", 1), ("off", "int4", 3), ("ngram", "exact", 6)),
+    20: (("suffix", "int4", 1), ("recycle", "exact", 3), ("ngram", "int8", 3)),
+    80: (("auto", "exact", 1), ("suffix-recycle", "int8", 1), ("off", "lossless", 12)),
+    200: (("ngram", "lossless", 1), ("suffix-recycle", "exact", 3), ("ngram", "exact", 6)),
 }
 
 #: Times that each setting runs.

@@ -25,7 +25,7 @@ from split_common.protocol.capabilities import CAPABILITIES, OUTPUTS, PADDED_STE
 from split_common.protocol.handshake import WorkerHandshake
 from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generator, Request
-from split_device.speculation import speculation
+from split_device.speculation import drafters
 from split_device.speculation.drafters import DRAFTERS
 from split_device.speculation.tree import DraftTree
 from split_worker import worker as worker_module
@@ -78,7 +78,7 @@ def branching(wanted: list[Any], grammars: Grammars, monkeypatch: pytest.MonkeyP
     texts = {tuple(each.prompt): found[0] for each, found in zip(requests(grammars), wanted, strict=True)}
     seeds = iter(range(1000))
     monkeypatch.setitem(DRAFTERS, "branching", lambda _: Branching(texts, next(seeds)))
-    monkeypatch.setattr(speculation, "TREES", ("branching",))
+    monkeypatch.setattr(drafters, "TREES", ("branching",))
     return "branching"
 
 
@@ -124,7 +124,7 @@ def test_a_text_that_ends_in_a_tree_is_a_beginning_for_later_ones(
     prompt = list(range(3, 30))
     text = greedily(unsplit, prompt, 40)
     monkeypatch.setitem(DRAFTERS, "branching", lambda _: Branching({tuple(prompt): text}, 3))
-    monkeypatch.setattr(speculation, "TREES", ("branching",))
+    monkeypatch.setattr(drafters, "TREES", ("branching",))
     with Generator(split, speculate="branching") as generator:
         first = generator.submit(Request(prompt, greedy(20)))
         assert first.result(LATE) == text[:20]

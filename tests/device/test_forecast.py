@@ -14,8 +14,10 @@ from fleet import split_model
 from split_common.errors import MeasurementTimeout
 from split_device.generation.cycles import Cycles
 from split_device.generation.generator import Generator, Request
-from split_device.generation.ping import CODEC_STEPS, PREDICTED, STEPS, Measured, Ping
+from split_device.generation.measured import Measured
+from split_device.generation.ping import CODEC_STEPS, STEPS, TREE_SESSIONS, Ping
 from split_device.generation.settings import NO_END
+from split_device.speculation.drafters import TREE_TOKENS
 from split_device.speculation.forecast import CycleTimes, SampleText, forecast
 
 pytestmark = pytest.mark.usefixtures("patient_queue")
@@ -72,6 +74,18 @@ def test_a_text_that_repeats_itself_needs_few_steps() -> None:
     assert forecast([repeated], "auto", 1, dear, LONGEST).tokens_per_second == pytest.approx(10, rel=0.1)
 
 
+def test_steps_with_less_room_take_less_time() -> None:
+    plain = CycleTimes({1: {1: 0.1}})
+    times = CycleTimes({1: {1: 0.25, 16: 0.4}}, room=16, plain=plain)
+    assert times.of(1, 1) == times.of(1, 1, 16) == pytest.approx(0.25)
+    assert times.of(1, 1, 1) == pytest.approx(0.1)
+    assert times.of(1, 4, 4) == pytest.approx(0.28 - 0.15 * 12 / 15)
+    # Room for many tokens that never come is not taken where it costs much.
+    unlike = text([5, 9, 2, 7, 4, 8, 3, 6, 1] * 5)
+    found = forecast([unlike], "auto", 1, times, LONGEST, pads=True)
+    assert found.tokens_per_second == pytest.approx(10, rel=0.1)
+
+
 # --- measured ----------------------------------------------------------------------------------------------
 
 
@@ -98,7 +112,13 @@ def test_all_is_measured_more_than_once(measured: Measured) -> None:
     single = measured.plain[1][1]
     assert 0 < measured.round_trip.low < single.high
     assert measured.worker[1].low + measured.device[1].low < measured.cycles[1][1].high
-    assert measured.speculate == PREDICTED
+    trees = ("recycle", "suffix-recycle")
+    assert measured.choices(2) == ("auto", "off", "ngram", "suffix", *trees)
+    assert measured.choices(8) == ("auto", "off", "ngram", "suffix")
+    assert measured.trees is not None
+    assert {sessions: list(row) for sessions, row in measured.trees.cycles.items()} == {
+        sessions: [TREE_TOKENS] for sessions in TREE_SESSIONS
+    }
 
 
 def test_codecs_are_measured_by_what_they_send(split: Any, measured: Measured) -> None:
@@ -150,12 +170,28 @@ def test_steps_are_as_many_as_predicted(split: Any, measured: Measured, speculat
 
 
 def test_every_setting_is_predicted(measured: Measured) -> None:
-    for speculate in measured.speculate:
-        for codec in ("exact", "int4"):
-            for sessions in (1, 3):
+    for sessions in (1, 2):
+        for speculate in measured.choices(sessions):
+            for codec in ("exact", "int4"):
                 found = measured.forecast(speculate, codec, sessions)
                 assert found.tokens_per_second > 0
-                assert 1 <= found.tokens_per_step <= 1 + LONGEST
+                assert 1 <= found.tokens_per_step <= TREE_TOKENS
+
+
+@pytest.mark.parametrize("speculate", ["recycle", "suffix-recycle"])
+def test_several_continuations_are_predicted_by_answers(split: Any, measured: Measured, speculate: str) -> None:
+    tokens = sum(len(each.answer) - 1 for each in measured.texts)
+    with Generator(split, prefix_cache=0, speculate=speculate) as generator:
+        for found in measured.texts:
+            assert generated(generator, found) == found.answer
+        steps = generator.counters["steps"] - len(measured.texts)
+    assert measured.trees is not None
+    answers = measured.trees.answers[speculate]
+    assert (answers.tokens, answers.steps) == (tokens, steps)
+    # Of what was measured, the prediction is what came.
+    predicted = measured.forecast(speculate, "exact", 1)
+    assert predicted.tokens_per_second == pytest.approx(tokens / answers.seconds)
+    assert predicted.tokens_per_step == pytest.approx(tokens / steps)
 
 
 def test_what_takes_too_long_ends_and_says_so(split: Any) -> None:

@@ -63,7 +63,8 @@ def test_ping_prints_what_it_measures_predicts_and_recommends(run: Any, tmp_path
     assert found["notes"] == []
     assert found["sample"]["prompts"] <= 2
     settings = {(each["speculate"], each["codec"], each["sessions"]): each for each in found["settings"]}
-    assert len(settings) == 4 * 4 * 5
+    # Four without trees for 1, 2, 4, 8 and 16 sessions, and two with trees for 1, 2 and 4; four codecs.
+    assert len(settings) == (4 * 5 + 2 * 3) * 4
     for sessions, best in found["recommended"].items():
         assert settings[best["speculate"], best["codec"], int(sessions)] == best
         assert best["exact"] is True
@@ -71,6 +72,7 @@ def test_ping_prints_what_it_measures_predicts_and_recommends(run: Any, tmp_path
         found["round_trip_ms"],
         *found["worker_ms"].values(),
         found["cycle_ms"]["speculating"]["16"]["4"],
+        found["cycle_ms"]["trees"]["4"]["33"],
     ):
         assert 0 < spread["low"] <= spread["mean"] <= spread["high"]
         assert spread["samples"] >= 4
@@ -91,5 +93,5 @@ def test_a_model_that_cannot_take_tokens_back_is_measured_without_drafts(run: An
     with serving_here(checkpoint) as address:
         found = run("ping", "--model", checkpoint, "--broker", address, "--json").json
     assert {each["speculate"] for each in found["settings"]} == {"off"}
-    assert found["cycle_ms"]["speculating"] == {}
+    assert found["cycle_ms"]["speculating"] == found["cycle_ms"]["trees"] == {}
     assert list(found["cycle_ms"]["off"]["16"]) == ["1"]

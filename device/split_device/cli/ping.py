@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ from split_device.jobs.job import Message, Task
 
 if TYPE_CHECKING:
     from split_device.generation.cycles import Spread
-    from split_device.generation.ping import Measured
+    from split_device.generation.measured import Measured
 
 #: The sample, where none is named: a question, a text to change, code to change, and a short question.
 SAMPLE = (
@@ -124,7 +124,7 @@ def predicted(measured: Measured) -> list[Row]:
     rows = []
     for sessions in measured.plain:
         for codec in measured.plain_codecs:
-            for speculate in measured.speculate if sessions in measured.cycles else ("off",):
+            for speculate in measured.choices(sessions):
                 found = measured.forecast(speculate, codec, sessions)
                 exact = codec in ("exact", "lossless")
                 rows.append(Row(speculate, codec, sessions, found.tokens_per_second, found.tokens_per_step, exact))
@@ -167,7 +167,7 @@ def _report(measured: Measured, rows: list[Row], best: dict[int, Row]) -> dict[s
             name: {
                 sessions: {tokens: ms(spread) for tokens, spread in row.items()} for sessions, row in cycles.items()
             }
-            for name, cycles in (("off", measured.plain), ("speculating", measured.cycles))
+            for name, cycles in _cycles(measured).items()
         },
         "codecs": {
             name: {codec: asdict(cost) for codec, cost in costs.items()}
@@ -178,6 +178,12 @@ def _report(measured: Measured, rows: list[Row], best: dict[int, Row]) -> dict[s
         "recommended": {sessions: asdict(row) for sessions, row in best.items()},
         "notes": measured.notes,
     }
+
+
+def _cycles(measured: Measured) -> dict[str, Mapping[int, Mapping[int, Spread]]]:
+    """Cycles by sessions and the tokens of a step: without speculation, with chains, and with trees."""
+    trees = measured.trees.cycles if measured.trees is not None else {}
+    return {"off": measured.plain, "speculating": measured.cycles, "trees": trees}
 
 
 def _print(measured: Measured, rows: list[Row], best: dict[int, Row]) -> None:
@@ -221,7 +227,7 @@ def _measured_table(measured: Measured) -> Table:
     for name, by_tokens in (("worker", measured.worker), ("device", measured.device)):
         for tokens, spread in by_tokens.items():
             add(f"{name}, 1 × {tokens}, ms", spread)
-    for name, cycles in (("off", measured.plain), ("speculating", measured.cycles)):
+    for name, cycles in _cycles(measured).items():
         for sessions, row in cycles.items():
             for tokens, spread in row.items():
                 add(f"{name}, {sessions} × {tokens}, ms", spread)

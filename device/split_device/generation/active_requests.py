@@ -17,7 +17,7 @@ from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
 from split_device.models.flight import FlyingCacheLayer
-from split_device.speculation.drafters import TREE_TOKENS, TREES
+from split_device.speculation.drafters import TREE_TOKENS, has_branches
 from split_device.speculation.names import MTP, OFF
 
 
@@ -25,7 +25,7 @@ def _room(generation: Generation, layers: LocalLayers) -> int:
     """The tokens for which a request's decoding steps have room: several for drafts, or what a grammar forces."""
     if layers.indivisible or (generation.speculate == OFF and generation.request.constraint is None):
         return 1
-    trees = generation.speculate in TREES and layers.takes_trees and not generation.request.images
+    trees = has_branches(generation.speculate) and layers.takes_trees and not generation.request.images
     return TREE_TOKENS if trees else DECODE_TOKENS
 
 

@@ -17,6 +17,7 @@ from split_common.errors import MeasurementTimeout
 from split_device.generation.generator import Generation, Generator, Request
 from split_device.generation.settings import NO_END
 from split_device.speculation.names import OFF
+from split_device.speculation.tree import DraftTree
 
 #: Seconds between two looks at whether a request has failed.
 GLANCE = 0.1
@@ -182,6 +183,15 @@ class _Schedule:
         return Mark(time.perf_counter(), self._model.timings.seconds, self._model.traffic)
 
 
+class _TreeSchedule(_Schedule):
+    """The same of drafts with several continuations. A `TreeDrafter`."""
+
+    def draft_tree(self, budget: int) -> DraftTree:
+        """A tree in which two tokens follow each."""
+        tokens = self.draft(budget)
+        return DraftTree(tokens, [index // 2 - 1 for index in range(len(tokens))], [0.0] * len(tokens))
+
+
 class Cycles:
     """Measures cycles of a generator that nobody else uses meanwhile.
 
@@ -205,6 +215,7 @@ class Cycles:
         seconds: float,
         limit: float,
         detailed: bool = False,
+        branches: bool = False,
     ) -> list[CycleSample]:
         """Runs stretches of cycles with each length in turns, several times.
 
@@ -217,6 +228,10 @@ class Cycles:
             seconds: how long it should take, within these bounds.
             limit: seconds after which it ends.
             detailed: whether to measure stages and traffic, too; of one session.
+            branches: whether drafts have several continuations.
+
+        Returns:
+            Those that count; none where the model or its worker takes no such drafts.
 
         Raises:
             MeasurementTimeout: it took longer than the limit.
@@ -225,13 +240,14 @@ class Cycles:
         drafts, lengths = lengths is not None, lengths or (1,)
         plan = _Plan(sessions, lengths, cycles, rounds, seconds)
         model = self._model if detailed else None
-        schedules = [_Schedule(plan, self._vocabulary, model) for _ in range(sessions)]
+        schedule = _TreeSchedule if branches else _Schedule
+        schedules = [schedule(plan, self._vocabulary, model) for _ in range(sessions)]
         most = len(lengths) * (1 + (1 + cycles) * rounds[1])
         running: list[Generation] = []
         try:
-            for index, schedule in enumerate(schedules):
-                request = self._request(schedule if drafts else OFF, index, most)
-                running.append(self._generator.submit(request, None if drafts else schedule.on_token))
+            for index, each in enumerate(schedules):
+                request = self._request(each if drafts else OFF, index, most)
+                running.append(self._generator.submit(request, None if drafts else each.on_token))
             self._wait(running, schedules, limit)
         finally:
             for generation in running:

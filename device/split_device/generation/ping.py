@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +16,16 @@ from split_common.engine.scheduler import DECODE_TOKENS
 from split_common.errors import MeasurementTimeout, SplitError, UnsupportedFeature
 from split_common.models.codecs import CODECS, EXACT
 from split_common.models.tensors import usual_states
+from split_device.generation.branching import answered
 from split_device.generation.cycles import GLANCE, Cycles, CycleSample, Spread
 from split_device.generation.generator import Generator, Logprobs, Request
+from split_device.generation.measured import CodecCost, Measured, TreeCost, line
 from split_device.generation.settings import NO_END
 from split_device.models.cache import SessionCacheLayer
 from split_device.models.prepared import StepContext
-from split_device.speculation.drafters import DRAFTERS, TREES, make_drafter
-from split_device.speculation.forecast import CycleTimes, Forecast, SampleText, forecast
-from split_device.speculation.names import AUTO, MTP, OFF, SPECULATE
+from split_device.speculation.drafters import DRAFTERS, TREE_TOKENS, TREES, make_drafter
+from split_device.speculation.forecast import SampleText
+from split_device.speculation.names import AUTO, OFF
 from split_device.speculation.recycle import Successors
 
 #: Tokens of a step that are measured, by how many sessions are at once.
@@ -54,74 +55,13 @@ LIKELY = 16
 #: How often a drafter is timed.
 LEARN_TIMES = 5
 
-#: What can be predicted: not drafts of several continuations, whose steps are not measured, nor those of weights.
-PREDICTED = tuple(name for name in SPECULATE if name not in (*TREES, MTP))
+#: Numbers of sessions for which drafts of several continuations are measured.
+TREE_SESSIONS = (1, 2, 4)
 
 #: Stages of a step that a codec's own computation takes, on the device and on the worker.
 CODEC_STAGES = ("encode", "decode", "worker")
 WORKER_STAGES = ("body", "worker")
 DEVICE_STAGES = ("head", "encode", "encrypt", "decrypt", "decode", "tail", "sampling")
-
-
-@dataclass(frozen=True)
-class CodecCost:
-    """What a codec takes beside `exact`: seconds for each message and each token, and bytes of a step by tokens."""
-
-    message: float
-    token: float
-    #: Bytes to the worker and back, of a step of one token and of one of several, by the number of its tokens.
-    up: Mapping[int, float]
-    down: Mapping[int, float]
-
-
-@dataclass
-class Measured:
-    """What was measured. Times are in seconds, bandwidths in bits per second."""
-
-    #: From a message of one token to its answer, without the worker's own time.
-    round_trip: Spread
-    #: None where large messages took no longer than small ones.
-    up: Spread | None
-    down: Spread | None
-    #: The drafters by which the model can speculate, `auto` and `off`.
-    speculate: tuple[str, ...]
-    #: The worker's time for a step, and the device's own, by the tokens of the step.
-    worker: dict[int, Spread]
-    device: dict[int, Spread]
-    #: A whole cycle, by the number of sessions and the tokens of each one's step: without speculation, and with it,
-    #: which changes the size of messages.
-    plain: dict[int, dict[int, Spread]]
-    cycles: dict[int, dict[int, Spread]]
-    #: By the codec's name, likewise.
-    plain_codecs: dict[str, CodecCost]
-    codecs: dict[str, CodecCost]
-    #: Seconds that a drafter takes to learn from what the model expects after a token, by its name.
-    learning: dict[str, float]
-    texts: list[SampleText]
-    #: What could not be measured, and why.
-    notes: list[str] = field(default_factory=list)
-
-    def times(self, codec: str, speculate: str = OFF) -> CycleTimes:
-        """How long cycles take with a codec and a drafter. What is rare and long belongs to it: hence the means."""
-        cycles, codecs = (self.plain, self.plain_codecs) if speculate == OFF else (self.cycles, self.codecs)
-        found = {
-            sessions: {tokens: spread.mean for tokens, spread in row.items()} for sessions, row in cycles.items()
-        }
-        cost, plain = codecs[codec], codecs[EXACT]
-        message, token = cost.message, cost.token
-        for rate, mine, exact in (
-            (self.up, cost.up, plain.up),
-            (self.down, cost.down, plain.down),
-        ):
-            if rate is not None:
-                of_message, of_token = _line({count: mine[count] - exact[count] for count in mine})
-                message += 8 * of_message / rate.median
-                token += 8 * of_token / rate.median
-        return CycleTimes(found, message, token, self.learning.get(speculate, 0.0))
-
-    def forecast(self, speculate: str, codec: str, sessions: int) -> Forecast:
-        """What a setting will give on the sample."""
-        return forecast(self.texts, speculate, sessions, self.times(codec, speculate), DECODE_TOKENS - 1)
 
 
 class Ping:
@@ -174,16 +114,20 @@ class Ping:
             self._say("codecs")
             plain_codecs = self._codecs(cycles, None, notes)
             codecs = self._codecs(cycles, CODEC_STEPS, []) if drafts else {}
+            tree_cycles = self._tree_cycles(cycles, notes) if drafts else {}
+        trees = self._trees(tree_cycles, texts)
         single = every[1] if drafts else plain[1]
         return Measured(
             _spread(plain[1], lambda sample: sample.stages["queue"])[1],
             up,
             down,
-            PREDICTED if drafts else (OFF,),
+            drafts,
+            bool(self._client.pad_steps),
             _spread(single, lambda sample: sum(sample.stages[stage] for stage in WORKER_STAGES)),
             _spread(single, lambda sample: sum(sample.stages[stage] for stage in DEVICE_STAGES)),
             {sessions: _spread(found, _cycle_seconds) for sessions, found in plain.items()},
             {sessions: _spread(found, _cycle_seconds) for sessions, found in every.items()},
+            trees,
             plain_codecs,
             codecs,
             {name: _learning(name, texts[0]) for name in DRAFTERS if name not in TREES} if drafts else {},
@@ -230,17 +174,42 @@ class Ping:
     # --- steps ---------------------------------------------------------------------------------------------
 
     def _cycles(
-        self, cycles: Cycles, sessions: int, lengths: Sequence[int] | None, notes: list[str]
+        self,
+        cycles: Cycles,
+        sessions: int,
+        lengths: Sequence[int] | None,
+        notes: list[str],
+        branches: bool = False,
     ) -> list[CycleSample]:
         """Cycles of so many sessions; empty, with a note, if there cannot be several."""
-        seconds = self._seconds if lengths else self._seconds / 4
+        seconds = self._seconds if lengths and not branches else self._seconds / 4
         try:
-            return cycles.measure(sessions, lengths, CYCLES, ROUNDS, seconds, LIMIT, sessions == 1)
+            return cycles.measure(sessions, lengths, CYCLES, ROUNDS, seconds, LIMIT, sessions == 1, branches)
         except SplitError as error:
             if sessions == 1:
                 raise
             notes.append(f"{sessions} sessions: {error}")
             return []
+
+    def _tree_cycles(self, cycles: Cycles, notes: list[str]) -> dict[int, dict[int, Spread]]:
+        """Cycles of steps with several continuations, by the number of sessions; empty if there cannot be such."""
+        self._say("steps of several continuations")
+        found: dict[int, dict[int, Spread]] = {}
+        for sessions in TREE_SESSIONS:
+            samples = self._cycles(cycles, sessions, (TREE_TOKENS,), notes, branches=True)
+            if not samples:
+                break
+            found[sessions] = _spread(samples, _cycle_seconds)
+        return found
+
+    def _trees(self, cycles: dict[int, dict[int, Spread]], texts: Sequence[SampleText]) -> TreeCost | None:
+        if 1 not in cycles:
+            return None
+        answers = {}
+        for name in TREES:
+            self._say(f"the sample by {name}")
+            answers[name] = answered(self._model, texts, name, LIMIT)
+        return TreeCost(cycles, answers)
 
     # --- the network ---------------------------------------------------------------------------------------
 
@@ -355,7 +324,7 @@ def _codec_seconds(sample: CycleSample) -> float:
 
 def _cost(samples: Sequence[CycleSample], exact: Mapping[int, Spread]) -> CodecCost:
     mine = _spread(samples, _codec_seconds)
-    message, token = _line({tokens: spread.median - exact[tokens].median for tokens, spread in mine.items()})
+    message, token = line({tokens: spread.median - exact[tokens].median for tokens, spread in mine.items()})
     up, down = (
         {tokens: spread.median for tokens, spread in _spread(samples, way).items()}
         for way in (lambda sample: sample.up, lambda sample: sample.down)
@@ -373,10 +342,3 @@ def _learning(name: str, text: SampleText) -> float:
         drafter.learn(range(first, first + DECODE_TOKENS), logits)
         took.append(time.perf_counter() - began)
     return statistics.median(took) / DECODE_TOKENS
-
-
-def _line(points: Mapping[int, float]) -> tuple[float, float]:
-    """What each message and each token of it cost, given the cost of a message by its tokens."""
-    few, many = min(points), max(points)
-    token = (points[many] - points[few]) / (many - few) if many > few else 0.0
-    return points[few] - few * token, token

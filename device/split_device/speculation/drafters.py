@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from split_common.errors import ConfigError
 from split_device.speculation.combined import CombinedPredictor
-from split_device.speculation.drafter import Drafter
+from split_device.speculation.drafter import Drafter, TreeDrafter
 from split_device.speculation.names import AUTO, MTP, OFF, check_speculate
 from split_device.speculation.ngram import NgramDrafter
 from split_device.speculation.recycle import RecyclePredictor, Successors
@@ -48,6 +48,11 @@ def make_drafter(name: str, successors: Successors) -> Drafter:
     if name not in DRAFTERS:
         raise ConfigError(f"invalid speculate {name!r}: expected one of {', '.join(DRAFTERS)}")
     return DRAFTERS[name](successors)
+
+
+def has_branches(drafter: str | Drafter) -> bool:
+    """Whether a drafter, or the one of this name, drafts several continuations."""
+    return drafter in TREES if isinstance(drafter, str) else isinstance(drafter, TreeDrafter)
 
 
 def check_choice(name: str) -> str:

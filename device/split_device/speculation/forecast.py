@@ -26,15 +26,33 @@ class CycleTimes:
         seconds: for each number of sessions, and of tokens in each session's step, both in ascending order.
         message, token: seconds that a codec adds for each message, and for each token. They may be negative.
         learning: seconds that a drafter takes to learn from a token.
+        room: the tokens for which those steps had room.
+        plain: the times of steps with room for one token; None if they are not known.
     """
 
     seconds: Mapping[int, Mapping[int, float]]
     message: float = 0.0
     token: float = 0.0
     learning: float = 0.0
+    room: int = 1
+    plain: CycleTimes | None = None
 
-    def of(self, sessions: int, tokens: int) -> float:
-        """Seconds of a cycle in which so many sessions have so many tokens in all."""
+    def of(self, sessions: int, tokens: float, room: int | None = None) -> float:
+        """Seconds of a cycle.
+
+        Args:
+            sessions: how many have steps.
+            tokens: how many all these have.
+            room: the tokens for which each of them has room; None for those of the steps that were measured.
+        """
+        seconds = self._measured(sessions, tokens)
+        if room is None or self.plain is None or room >= self.room:
+            return seconds
+        # What room costs is bytes, so each token of it costs the same.
+        padding = max(0.0, self._measured(sessions, sessions) - self.plain.of(sessions, sessions))
+        return seconds - padding * (self.room - room) / (self.room - 1)
+
+    def _measured(self, sessions: int, tokens: float) -> float:
         each = tokens / sessions
         exact = _between({count: _between(row, each) for count, row in self.seconds.items()}, sessions)
         return max(LEAST_SHARE * exact, exact + sessions * self.message + tokens * (self.token + self.learning))
@@ -92,7 +110,7 @@ class Forecast:
 
 
 def forecast(
-    texts: Sequence[SampleText], speculate: str, sessions: int, times: CycleTimes, longest: int
+    texts: Sequence[SampleText], speculate: str, sessions: int, times: CycleTimes, longest: int, pads: bool = False
 ) -> Forecast:
     """Predicts how fast the device generates these texts.
 
@@ -105,12 +123,13 @@ def forecast(
         speculate: `auto`, `off` or the name of a drafter.
         sessions: how many generate at once.
         longest: most tokens of a draft.
+        pads: whether steps are padded.
     """
     clock = _Clock(times)
-    pace = Pace(longest, lambda: clock.now)
+    pace = Pace(longest, lambda: clock.now, pads)
     tokens = steps = 0
     for group in groups(texts, sessions):
-        running = [_Session(text, _speculation(pace, speculate), longest) for text in group]
+        running = [_Session(text, pace, speculate, longest) for text in group]
         for place, session in enumerate(running):
             session.next_step(sessions, sum(len(each.draft) for each in running[:place]))
         while all(session.left for session in running):
@@ -155,24 +174,31 @@ class _Clock:
     def cycle(self, running: Sequence[_Session]) -> None:
         """The steps of all sessions are under way, and come back."""
         tokens = sum(1 + len(session.draft) for session in running)
-        cycle = Cycle(self.now, len(running), tokens, any(session.draft for session in running))
+        rooms = [session.room for session in running if session.room is not None]
+        padding = sum(session.room - 1 - len(session.draft) for session in running if session.room is not None)
+        drafted = any(session.draft for session in running)
+        cycle = Cycle(self.now, len(running), tokens, drafted, max(0, padding))
         for session in running:
             if session.speculation is not None:
                 session.speculation.cycle = cycle
-        self.now += self._times.of(len(running), tokens)
+        self.now += self._times.of(len(running), tokens, round(sum(rooms) / len(rooms)) if rooms else None)
 
 
 class _Session:
     """One answer, of which the first token is there. It does what `generation/drafting.py` does of a request."""
 
-    def __init__(self, text: SampleText, speculation: Speculation | None, longest: int) -> None:
+    def __init__(self, text: SampleText, pace: Pace, speculate: str, longest: int) -> None:
         self._text, self._longest = text, longest
-        self.speculation = speculation
+        # That whose steps have as much room as pays.
+        self._sizes = pace.room if speculate == AUTO else None
+        self.speculation = _speculation(pace, speculate)
         self.draft: list[int] = []
+        #: The tokens for which its step has room; None if that is always the same.
+        self.room: int | None = None
         self._known = 1
-        if speculation is not None:
-            speculation.extend([*text.prompt, text.answer[0]])
-            speculation.checked(1, text.prompt[-1:], text.logits(0, 1), 0)
+        if self.speculation is not None:
+            self.speculation.extend([*text.prompt, text.answer[0]])
+            self.speculation.checked(1, text.prompt[-1:], text.logits(0, 1), 0)
 
     @property
     def left(self) -> int:
@@ -182,8 +208,12 @@ class _Session:
     def next_step(self, rows: int, others: int) -> None:
         """Drafts behind the last token, one token less than may be chosen."""
         self.draft = []
+        longest = self._longest
+        if self._sizes is not None:
+            self.room = self._sizes.tokens
+            longest = self.room - 1
         if self.speculation is not None and self.left:
-            self.draft = self.speculation.draft(1, min(self.left - 1, self._longest), rows, others)
+            self.draft = self.speculation.draft(1, min(self.left - 1, longest), rows, others)
 
     def check(self) -> int:
         """The step is back. Returns the number of tokens that it has brought."""

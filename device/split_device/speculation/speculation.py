@@ -12,7 +12,7 @@ import torch
 
 from split_device.speculation.acceptance import Acceptance
 from split_device.speculation.drafter import Drafter, TreeDrafter
-from split_device.speculation.drafters import TREES, make_drafter
+from split_device.speculation.drafters import has_branches, make_drafter
 from split_device.speculation.names import AUTO
 from split_device.speculation.recycle import Successors
 from split_device.speculation.room import FREE, ROOMS, Room
@@ -83,7 +83,7 @@ class Pace:
     def start(self, drafter: str | Drafter) -> Speculation:
         """Speculation for one request, by a drafter, by one of this name, or by `auto`. Raises ConfigError."""
         own = make_drafter(drafter, self.successors) if isinstance(drafter, str) else drafter
-        return Speculation(self, own, drafter == AUTO, branches=drafter in TREES)
+        return Speculation(self, own, drafter == AUTO, branches=has_branches(drafter))
 
     def stepped(self, cycle: Cycle, tokens: int, accepted: int, measures: bool) -> None:
         """A request's step is through.
