@@ -170,7 +170,9 @@ class Generation:
             self.rows = [list(self.rows[row]) for row in rows]
 
     def repeat(self, choose: random.Random) -> None:
-        if self.rows[0] and len(self.rows) < 3:
+        # Nothing has rows that come from a tree which its worker still holds.
+        settled = self.layer.settled == self.layer.get_seq_length()
+        if self.rows[0] and len(self.rows) < 3 and settled:
             self.layer.batch_repeat_interleave(2)
             self.rows = [list(row) for row in self.rows for _ in range(2)]
 
