@@ -536,7 +536,7 @@ def test_an_unknown_device_is_told_so_in_time(tmp_path: Path, setting: Setting, 
     stranger: Identity = Setting(tmp_path, setting.checkpoint).fleet.read_identity("device-1")
     link = connect(broker.address, setting.own_fleet(), stranger)
     began = time.monotonic()
-    with pytest.raises(BrokerUnreachable, match="in its roster"):
+    with pytest.raises(BrokerUnreachable, match=r"something listens there: .* in its roster"):
         link.start(SimpleNamespace(announcement=lambda: headers.Announce(bytes(8), "device", "device-1")), 1.0)  # type: ignore[arg-type]
     assert time.monotonic() - began < 1.0 + LATE
 
@@ -544,7 +544,10 @@ def test_an_unknown_device_is_told_so_in_time(tmp_path: Path, setting: Setting, 
 def test_a_broker_that_is_not_there_is_told_so_in_time(setting: Setting, tmp_path: Path) -> None:
     for address in ("tcp://127.0.0.1:9", f"ipc://{tmp_path}/nobody"):
         began = time.monotonic()
-        with pytest.raises(BrokerUnreachable, match="no answer"), setting.client(address, timeout=0.5):
+        with (
+            pytest.raises(BrokerUnreachable, match="nothing can be reached there"),
+            setting.client(address, timeout=0.5),
+        ):
             pass
         assert time.monotonic() - began < 0.5 + LATE
     assert not [thread for thread in threading.enumerate() if thread.name == "lambda-split-link"]

@@ -167,7 +167,7 @@ def test_a_retry_says_if_the_error_will_come_again(run: Any, store: Store) -> No
     wrong, unlucky = failed(store, "a"), store.submit(task("b")).id
     store.write([Update(id=unlucky, state="failed", error="NoWorker: no worker serves it")])
     assert run("jobs", "retry", unlucky).err == f"{unlucky} is queued\n"
-    note = f"note: 1 had an error that does not go away by itself; {wrong}: no room"
+    note = f"note: 1 of these will probably fail again; {wrong}: no room"
     assert run("jobs", "retry", "--state", "failed").err.splitlines() == ["1 queued", note]
     assert "error:" not in run("jobs", "show", wrong).out
     store.write([Update(id=wrong, state="failed", error="KeyError: 'x'")])

@@ -120,6 +120,12 @@ def _host(text: str, address: str) -> tuple[str, int]:
     return _bare(host), int(port)
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of a parsed `tcp://HOST:PORT`."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return _bare(host), int(port)
+
+
 def _bare(host: str) -> str:
     """An IPv6 address without its brackets."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host

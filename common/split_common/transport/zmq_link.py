@@ -24,6 +24,7 @@ import zmq.utils.z85
 
 from split_common.errors import BrokerUnreachable, ConfigError, Malformed, SplitError
 from split_common.protocol import headers
+from split_common.transport.address import host_and_port
 from split_common.transport.base import HEARTBEAT, MISSED, OUTBOX_BYTES, Handler
 from split_common.transport.leader import LeaderLock
 from split_common.transport.progress import Progress
@@ -40,6 +41,9 @@ CREDIT_STEP = 4 * 1024 * 1024
 #: Seconds of silence from the broker after which the link connects again. libzmq gives a connection up for good if
 #: damaged bytes break ZMTP or CURVE.
 SILENCE = HEARTBEAT * MISSED
+
+#: Longest time, in seconds, that a look whether anything listens at a silent broker's address takes.
+PROBE_TIMEOUT = 2.0
 
 #: Plain integers, because arithmetic with pyzmq's enums takes longer than the calls that use them.
 POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
@@ -111,9 +115,7 @@ class ZmqLink:
         if not self._welcomed.wait(timeout):
             self.close()
             raise BrokerUnreachable(
-                f"no answer from the broker at {self._address} within {timeout:g} s: is `lambda-split broker` "
-                "running there, in this version or a later one, with the same keys, and is this member in its "
-                "roster and not revoked?"
+                f"no answer from the broker at {self._address} within {timeout:g} s{_why_silent(self._address)}"
             )
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -375,3 +377,20 @@ class ZmqLink:
         if version > self._roster_version:
             self._roster_version = version
             self._handler.on_roster()
+
+
+def _why_silent(address: str) -> str:
+    """What to look at if a broker does not answer, for messages: whether something listens there tells that."""
+    try:
+        if address.startswith("tcp://"):
+            socket.create_connection(host_and_port(address), PROBE_TIMEOUT).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(PROBE_TIMEOUT)
+                sock.connect(address.removeprefix("ipc://"))
+    except OSError as error:
+        return f": nothing can be reached there ({error.strerror or error}); is `lambda-split broker` running?"
+    return (
+        ", though something listens there: is it `lambda-split broker`, in this version or a later one, with the "
+        "same keys, and is this member in its roster and not revoked?"
+    )

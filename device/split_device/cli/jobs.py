@@ -283,7 +283,7 @@ def retry(
     if lasting := [job for job in failed if not may_pass(job)]:
         first = lasting[-1]
         stderr.print(
-            f"note: {len(lasting)} had an error that does not go away by itself; {first.id}: {reason(first)}",
+            f"note: {len(lasting)} of these will probably fail again; {first.id}: {reason(first)}",
             soft_wrap=True,
             markup=False,
         )

@@ -225,7 +225,7 @@ GroupOption = Annotated[
         "--group",
         metavar="NAME",
         rich_help_panel=STORE_PANEL,
-        help="Group of jobs. `submit` makes it if it does not exist.",
+        help="Group of jobs. It begins with the first job that is submitted to it.",
     ),
 ]
 OnDoneOption = Annotated[
