@@ -80,14 +80,15 @@ test-clients: $(CLIENTS_INSTALLED) ## Let released clients ask a server: openai,
 	$(CLIENTS)/bin/pytest -c tests/clients/pytest.ini --confcutdir=tests/clients tests/clients $(ARGS)
 
 # What pip finds in the main environment, torch above all, it does not fetch. llama.cpp is built, without what only its
-# own programs use, and its source is kept for the converter. What cannot be installed, the benchmark names.
+# own programs use, and its source is kept for the converter. What cannot be installed, the benchmark names; `make clean`
+# has it tried again.
 $(PEERS_INSTALLED): benchmarks/systems/requirements.txt $(INSTALLED)
 	@rm -rf $(PEERS)
 	$(PYTHON) -m venv $(PEERS)
 	$(BIN)/python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
 		> "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	-for released in $$(grep '^[a-z]' $< | grep -v '^llama'); do $(PEERS)/bin/pip install --quiet --no-warn-conflicts $$released; done
-	-$(PEERS)/bin/pip download --quiet --no-deps --no-binary :all: --dest $(PEERS)/source "$$(grep '^llama' $<)" && \
+	-$(PEERS)/bin/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(PEERS)/source "$$(grep '^llama' $<)" && \
 		tar xzf $(PEERS)/source/*.tar.gz --strip-components 1 -C $(PEERS)/source && \
 		sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' $(PEERS)/source/CMakeLists.txt && \
 		CMAKE_ARGS=-DLLAVA_BUILD=OFF nice $(PEERS)/bin/pip install --quiet $(PEERS)/source

@@ -7,13 +7,14 @@ they run, both listen on all interfaces.
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ LIMIT = 240.0
 
 @contextmanager
 def load(model: Path, work: Path, threads: int) -> Iterator[Generate]:
+    if importlib.util.find_spec("language_pipes") is None:
+        raise ModuleNotFoundError("No module named 'language_pipes'")
     (work / "models" / NAME).mkdir(parents=True)
     (work / "models" / NAME / "data").symlink_to(model)
     near, far, http_port = _free_ports(3)
@@ -42,15 +45,15 @@ def load(model: Path, work: Path, threads: int) -> Iterator[Generate]:
     layers = {"model_id": NAME, "device": "cpu", "memory": MEMORY, "data_type": 16}
     first_node = [{"address": "127.0.0.1", "port": near}]
     with ExitStack() as stack:
-        stack.enter_context(_node(work, "near", near, threads, job_port=http_port, end_models=[end]))
-        _wait(lambda: _models(http_port) is not None)
-        stack.enter_context(_node(work, "far", far, threads, layer_models=[layers], bootstrap_nodes=first_node))
-        _wait(lambda: NAME in (_models(http_port) or ""))
+        node = _node(work, "near", near, threads, job_port=http_port, end_models=[end])
+        _wait(lambda: _models(http_port) is not None, stack.enter_context(node))
+        node = _node(work, "far", far, threads, layer_models=[layers], bootstrap_nodes=first_node)
+        _wait(lambda: NAME in (_models(http_port) or ""), stack.enter_context(node))
         yield lambda question: _answer(http_port, question)
 
 
 @contextmanager
-def _node(work: Path, name: str, port: int, threads: int, **settings: Any) -> Iterator[None]:
+def _node(work: Path, name: str, port: int, threads: int, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a node."""
     import toml
 
@@ -68,15 +71,17 @@ def _node(work: Path, name: str, port: int, threads: int, **settings: Any) -> It
     command = [sys.executable, "-m", "language_pipes.cli", "--config", str(config), "run"]
     process = subprocess.Popen(command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
 
 
-def _wait(ready: Any) -> None:
+def _wait(ready: Callable[[], bool], node: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + LIMIT
     while not ready():
+        if node.poll() is not None:
+            raise RuntimeError(f"a node has ended, with exit code {node.returncode}")
         if time.monotonic() > until:
             raise TimeoutError(f"the nodes have no complete pipe after {LIMIT:.0f} s")
         time.sleep(0.5)

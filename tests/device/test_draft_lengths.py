@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 
-from split_device.speculation.speculation import Cycle, Pace, Speculation
+from split_device.speculation.speculation import MOST_ALLOWANCE, Cycle, Pace, Speculation
 
 LONGEST = 15
 LOGITS = torch.empty(0)
@@ -194,3 +194,24 @@ def test_requests_that_are_cancelled_take_nothing_from_the_others() -> None:
         cancelled = Speculation(simulation.pace, Guess(), True)
         assert cancelled.draft(1, LONGEST, 1)
         cancelled.ended()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_only_room_that_is_chosen_is_paid_for(fixed: bool) -> None:
+    """Steps that follow a grammar always have room for what it forces. Drafts do not owe what that takes."""
+    now = 0.0
+    pace = Pace(LONGEST, lambda: now, pads=True)
+
+    def steps(count: int, seconds: float, padding: int) -> None:
+        nonlocal now
+        for _ in range(count):
+            cycle = Cycle(now, 1, 1, False, padding, padding if fixed else 0)
+            now += seconds
+            pace.stepped(cycle, 1, 0, measures=True)
+
+    steps(30, 0.1, 0)
+    steps(200, 0.4, 15)
+    assert pace.allowance is not None
+    assert (pace.allowance > 0) == fixed
+    # Nor does a debt last for thousands of steps.
+    assert pace.allowance >= -0.2 * MOST_ALLOWANCE

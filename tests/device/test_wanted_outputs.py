@@ -223,7 +223,7 @@ def test_a_replay_brings_nothing_back(
     finally:
         for worker in workers:
             worker.stop()
-    assert answers == [(150, 150), (1, 1), (150, 0), (1, 0), (1, 1), (1, 1)]
+    assert answers == [(150, 150), (1, 1), (151, 0), (1, 1), (1, 1)]
 
 
 # --- what a worker and a device refuse -----------------------------------------------------------------------

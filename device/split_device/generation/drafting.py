@@ -255,8 +255,11 @@ class Drafting:
             return
         stepping = [each for each in self._active if each.step_tokens]
         tokens, drafted = sum(each.step_tokens for each in stepping), any(each.drafts for each in stepping)
-        padding = sum(max(0, each.room - each.step_tokens) for each in stepping) if self._pads else 0
-        cycle = Cycle(self._began, len(stepping), tokens, drafted, padding)
+        padding = fixed = 0
+        if self._pads:
+            padding = sum(max(0, each.room - each.step_tokens) for each in stepping)
+            fixed = sum(each.room - 1 for each in stepping if not _is_sized(each))
+        cycle = Cycle(self._began, len(stepping), tokens, drafted, padding, fixed)
         for request in speculating:
             assert request.speculation is not None
             request.speculation.cycle = cycle

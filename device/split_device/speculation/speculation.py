@@ -54,6 +54,8 @@ class Cycle(NamedTuple):
     drafted: bool
     #: Number of tokens that the steps had room for, beyond those that they had.
     padding: int = 0
+    #: How many it would be without drafts: the room of steps with a grammar or a named drafter is no choice.
+    fixed_padding: int = 0
 
 
 class Pace:
@@ -109,13 +111,15 @@ class Pace:
         if self.allowance is None:
             self.allowance = FIRST_ALLOWANCE * alone
         gained = ALLOWANCE * seconds
-        if cycle.drafted or padding:
-            padded = alone
+        if cycle.drafted or padding > cycle.fixed_padding:
+            padded = plain = alone
             if self.room is not None:
+                plain = self.times.seconds(rows, rows, cycle.fixed_padding) or alone
                 padded = self.times.seconds(rows, rows, cycle.tokens + padding - rows) or alone
             # What padding costs is no loss while it is hardly anything.
-            gained += min(padded, FREE * alone) * (1 + accepted) - seconds
-        self.allowance = min(self.allowance + gained / rows, MOST_ALLOWANCE * alone)
+            gained += min(padded, FREE * plain) * (1 + accepted) - seconds
+        most = MOST_ALLOWANCE * alone
+        self.allowance = max(-most, min(self.allowance + gained / rows, most))
 
 
 class Speculation:
