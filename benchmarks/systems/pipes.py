@@ -61,6 +61,8 @@ def _node(work: Path, name: str, port: int, threads: int, **settings: Any) -> It
     config = work / f"{name}.toml"
     config.write_text(toml.dumps(common | settings))
     environment = {
+        # It writes its logs below it.
+        "HOME": str(work),
         "LP_APP_DIR": str(work / name),
         "LP_MODEL_DIR": str(work / "models"),
         "OMP_NUM_THREADS": str(threads),
