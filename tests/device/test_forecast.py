@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -84,6 +85,14 @@ def test_steps_with_less_room_take_less_time() -> None:
     unlike = text([5, 9, 2, 7, 4, 8, 3, 6, 1] * 5)
     found = forecast([unlike], "auto", 1, times, LONGEST, pads=True)
     assert found.tokens_per_second == pytest.approx(10, rel=0.1)
+
+
+def test_noise_makes_no_cycle_take_less_than_nothing() -> None:
+    # Long steps were measured as faster ones.
+    times = CycleTimes({1: {1: 0.5, 16: 0.2}}, room=16, plain=CycleTimes({1: {1: 0.1}}))
+    assert times.of(1, 16, 1) == pytest.approx(0.1)
+    assert times.of(1, 16, 16) == pytest.approx(0.2)
+    assert CycleTimes({1: {1: 0.3, 2: 0.2}}).of(1, 16) == pytest.approx(0.02)
 
 
 # --- measured ----------------------------------------------------------------------------------------------
@@ -192,6 +201,14 @@ def test_several_continuations_are_predicted_by_answers(split: Any, measured: Me
     predicted = measured.forecast(speculate, "exact", 1)
     assert predicted.tokens_per_second == pytest.approx(tokens / answers.seconds)
     assert predicted.tokens_per_step == pytest.approx(tokens / steps)
+
+
+def test_answers_that_were_faster_than_their_cycles_have_a_rate(measured: Measured) -> None:
+    assert measured.trees is not None
+    answers = {name: replace(each, seconds=0.0) for name, each in measured.trees.answers.items()}
+    noisy = replace(measured, trees=replace(measured.trees, answers=answers))
+    for sessions in (1, 2):
+        assert noisy.forecast("recycle", "exact", sessions).tokens_per_second > 0
 
 
 def test_what_takes_too_long_ends_and_says_so(split: Any) -> None:

@@ -202,6 +202,30 @@ def test_what_was_not_read_for_long_is_dropped(monkeypatch: pytest.MonkeyPatch) 
     assert (set(cut), sequence.held) == ({0}, 0)
 
 
+def test_what_waits_takes_no_more_memory_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtp, "MOST_STATES", 4)
+    sequence = MtpSequence(cast("KVSequence", SimpleNamespace(truncate=lambda _: None)), 0, 100)
+    # The parts of a prompt, all of which come before the first token.
+    for part in range(6):
+        sequence.computed(torch.full((2, 1), float(part)))
+        assert sum(map(len, sequence._computed)) <= 4
+    sequence.predictor.extend(range(13))
+    with monkeypatch.context() as patched:
+        # What is not read for long is not copied with every token.
+        patched.setattr(torch, "cat", lambda *_: 1 // 0)
+        sequence.chosen(0, 1)
+        for token in range(3):
+            # Steps whose drafts are wrong.
+            sequence.computed(torch.full((4, 1), 9.0 + token))
+            sequence.predictor.extend([50 + token])
+            sequence.chosen(3, 1)
+    assert sequence.unread() == [12, 50, 51, 52]
+    assert sequence.states(4)[:, 0].tolist() == [5, 9, 10, 11]
+    assert sequence.states(2)[:, 0].tolist() == [5, 9]
+    held = sum(piece.untyped_storage().nbytes() for piece in sequence._pieces)
+    assert held <= (4 + 1) * 4
+
+
 def test_what_has_no_such_layers_is_refused_by_name(split: Any, tmp_path: Path) -> None:
     def refused(error: type[SplitError], match: str, directory: Path) -> None:
         with split_model(directory) as model, pytest.raises(error, match=match):

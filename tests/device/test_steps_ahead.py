@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from split_device.generation import ahead
 from split_device.generation.active import ActiveRequest
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
-from split_device.models.flight import TripTimes
+from split_device.models.flight import Flight, FlyingCacheLayer, Leg, TripTimes
+from split_device.sessions.session import RemoteSession
+from split_device.sessions.timings import StepTimings
 from split_device.speculation.drafters import DRAFTERS
 from wiretap import LATE, wait_until
 
@@ -185,6 +188,78 @@ def test_a_worker_that_is_killed_with_two_steps_away(
             assert [*asked()[1].prompt, *generator.submit(asked()[1]).result(LATE)] == texts[1]
             assert strike.act is None
             assert model.traffic["replays"] > 0
+
+
+def flight_of(*legs: Leg) -> Flight:
+    """A flight of these legs, each one message, which is its start. It has boarded a session."""
+    coming = [*legs]
+
+    def encoded(leg: Leg, _: StepTimings) -> Any:
+        def request(*_: Any) -> Any:
+            return leg.start, b""
+
+        return None, [(SimpleNamespace(request=request, output=lambda *_: torch.zeros(leg.tokens, 2)), b"")]
+
+    layer = SimpleNamespace(encoded=encoded, land=lambda _: None)
+    flight = Flight(cast("Any", layer), lambda: coming.pop(0) if coming else None, lambda *_: None)
+    channel = SimpleNamespace(pads=True, takes_trees=True)
+    flight.board(cast("Any", SimpleNamespace(channel=channel, brief=False)), StepTimings())
+    return flight
+
+
+def starts(requests: Any) -> list[Any]:
+    """Takes all messages: where their legs start."""
+    taken = iter(lambda: requests.take(False), None)
+    return [start for start, _ in taken]
+
+
+def test_steps_that_are_void_are_not_sent_again() -> None:
+    """A worker that has refused one would refuse it again, and the right step would never run."""
+    *void, right = legs = [Leg(10, 16, False, 16), Leg(26, 16, False, 16), Leg(5, 2, True, 16)]
+    flight = flight_of(*legs)
+    assert starts(flight.requests()) == [10, 26, 5]
+    for leg in reversed(void):
+        leg.void = True
+    requests = flight.requests()
+    assert not requests.complete
+    assert starts(requests) == [5]
+    assert (flight.lost, flight.taken) == ([right], 3)
+    requests.answered(0, cast("Any", (None, b"")))
+    assert requests.complete
+    assert (flight.lost, flight.through) == ([], 1)
+
+
+def test_a_refusal_spoils_a_session_only_if_others_were_behind_it() -> None:
+    flight = flight_of(*(Leg(start, 16, False, 16) for start in (0, 16, 32)))
+    step = cast("Any", SimpleNamespace(parts=flight))
+    requests = flight.requests()
+    assert starts(requests) == [0, 16, 32]
+    # The second one is refused: the third one may have run.
+    requests.answered(0, cast("Any", (None, b"")))
+    assert FlyingCacheLayer.is_spoilt(cast("Any", None), step)
+    # The third one is.
+    requests.answered(1, cast("Any", (None, b"")))
+    assert not FlyingCacheLayer.is_spoilt(cast("Any", None), step)
+
+
+def test_a_step_that_becomes_void_while_its_thread_looks_is_not_waited_for(
+    split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([False])
+
+    class Vanishing:
+        """There is a request until one looks again."""
+
+        growing = False
+        complete = property(lambda _: next(looks, True))
+
+        def take(self, wait: bool) -> None:
+            assert wait, "all is answered"
+
+    session = split.split_parts.client.open_session()
+    monkeypatch.setattr(RemoteSession, "_next_event", lambda *_: pytest.fail("nothing is in flight"))
+    assert session.stream(Vanishing(), StepTimings()) == []
+    session.close()
 
 
 @pytest.mark.parametrize(

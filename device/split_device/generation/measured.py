@@ -10,7 +10,7 @@ from split_common.models.codecs import EXACT
 from split_device.generation.branching import Answered
 from split_device.generation.cycles import Spread
 from split_device.speculation.drafters import TREE_TOKENS
-from split_device.speculation.forecast import CycleTimes, Forecast, SampleText, forecast
+from split_device.speculation.forecast import LEAST_SHARE, CycleTimes, Forecast, SampleText, forecast
 from split_device.speculation.names import AUTO, OFF
 
 #: Mean seconds by the tokens of a step.
@@ -110,7 +110,9 @@ class Measured:
         answers, [(tokens, alone)] = self.trees.answers[speculate], self.trees.cycles[1].items()
         # What choosing drafts and tokens takes beside the steps: for each session, one after the other.
         own = answers.seconds / answers.steps - alone.mean
-        seconds = times.of(sessions, sessions * tokens) + sessions * own
+        # Noise may make it less than nothing.
+        cycle = times.of(sessions, sessions * tokens)
+        seconds = max(LEAST_SHARE * cycle, cycle + sessions * own)
         per_step = answers.tokens / answers.steps
         return Forecast(sessions * per_step / seconds, per_step)
 

@@ -7,7 +7,8 @@ draft, as in vLLM, and in the work of DeepSeek-V3 (arXiv 2412.19437).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ class MtpSequence(DraftSequence):
         super().__init__(cache, cost, most_tokens)
         #: The model's states `[tokens, width]`, of steps of which it is not known yet what follows.
         self._computed: list[torch.Tensor] = []
-        #: Tokens that were not read, and the states `[tokens, width]` of those before them.
+        #: Tokens that were not read, and the states of those before them, in pieces `[tokens, width]`.
         self._tokens: list[int] = []
-        self._states: torch.Tensor | None = None
+        self._pieces: deque[torch.Tensor] = deque()
         self._drafted = 0
         #: Stands for the state of the last token that was read, `[width]`.
         self.output: torch.Tensor | None = None
@@ -46,23 +47,24 @@ class MtpSequence(DraftSequence):
     def computed(self, states: torch.Tensor) -> None:
         # They are a part of what one forward made for all requests.
         self._computed.append(states[-MOST_STATES:].clone())
+        while sum(map(len, self._computed[1:])) >= MOST_STATES:
+            del self._computed[0]
 
     def chosen(self, wrong: int, entering: int) -> None:
         if not self._computed:
             return
-        states = torch.cat(self._computed)
-        self._computed = []
+        pieces, self._computed = self._computed, []
         text = self.predictor.text
         end = len(text) - entering + 1
-        count = min(len(states) - wrong, end, MOST_STATES)
+        right = sum(map(len, pieces)) - wrong
+        count = min(right, end)
         if count <= 0:
             return
-        states = states[len(states) - wrong - count : len(states) - wrong]
+        # Copies, or else they would hold the memory of those that were wrong.
+        self._pieces += [piece.clone() for piece in _cut(pieces, right - count, right)]
         self._tokens += text[end - count : end]
-        self._states = states if self._states is None else torch.cat([self._states, states])
         if (dropped := len(self._tokens) - MOST_STATES) > 0:
-            del self._tokens[:dropped]
-            self._states = self._states[dropped:]
+            self._drop(dropped)
             self._sure = self._drafted = 0
             self.cache.truncate(0)
 
@@ -81,22 +83,44 @@ class MtpSequence(DraftSequence):
 
     def states(self, count: int) -> torch.Tensor | None:
         """The model's states `[count, width]` before the tokens that come next; None if these were drafted."""
-        return self._states[:count] if self._states is not None else None
+        if not self._pieces:
+            return None
+        return torch.cat(_cut(self._pieces, 0, count))
 
     def holds(self, tokens: Sequence[int], outputs: torch.Tensor) -> None:
-        if self._states is None:
-            self._drafted += len(tokens)
-        else:
+        if self._pieces:
             self._sure += len(tokens)
-            self._tokens = self._tokens[len(tokens) :]
-            self._states = self._states[len(tokens) :] if self._tokens else None
+            self._drop(len(tokens))
+        else:
+            self._drafted += len(tokens)
         self.output = outputs[-1]
+
+    def _drop(self, count: int) -> None:
+        """Forgets the first tokens that were not read, and the states before them."""
+        self._tokens = self._tokens[count:]
+        while count > 0:
+            piece = self._pieces.popleft()
+            if len(piece) > count:
+                self._pieces.appendleft(piece[count:])
+            count -= len(piece)
 
     def can_begin(self, tokens: int) -> bool:
         return tokens == 1
 
     def repeat_last(self) -> list[int]:
         return []
+
+
+def _cut(pieces: Iterable[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
+    """The rows from index `begin` to `end` of what is in pieces `[rows, width]`, in pieces."""
+    cut, at = [], 0
+    for piece in pieces:
+        if at >= end:
+            break
+        if at + len(piece) > begin:
+            cut.append(piece[max(0, begin - at) : end - at])
+        at += len(piece)
+    return cut
 
 
 class MtpDrafts(LoadedDrafts[MtpSequence]):

@@ -59,7 +59,7 @@ class Landed:
 
     Args:
         legs: how many it took.
-        lost: those that were not answered.
+        lost: those that were not answered, but for void ones that were given up.
         error: why; None if all others were void.
     """
 
@@ -110,17 +110,17 @@ class Flight:
     ) -> None:
         self.layer = layer
         self._take_next, self._on_output = take_next, on_output
-        #: Legs that were taken and are not answered, in their order.
+        #: Legs that were taken, and are neither answered nor given up, in their order.
         self.under_way: deque[Leg] = deque()
         #: How many were taken, with those that are void, and how many of them are through.
         self.taken = self.through = 0
-        #: How many requests the present worker was sent.
-        self.sent = 0
+        #: How many requests the present worker was sent, and has not answered, or refused.
+        self.unanswered = 0
         self._next: Leg | None = None
 
     @property
     def lost(self) -> list[Leg]:
-        """Legs that were taken, and are not answered."""
+        """Legs that were taken, and are neither answered nor given up."""
         return [*self.under_way, *([] if self._next is None else [self._next])]
 
     def peek(self) -> Leg | None:
@@ -141,10 +141,15 @@ class Flight:
 
     def board(self, session: RemoteSession, timings: StepTimings) -> None:
         """The next requests go to this worker."""
-        self.session, self.timings, self.sent = session, timings, 0
+        self.session, self.timings, self.unanswered = session, timings, 0
 
     def requests(self) -> LegRequests:
-        """The requests of all legs under way, and of those that come, for a worker that has none of them."""
+        """The requests of all legs under way, and of those that come, for a worker that has none of them.
+
+        Void legs are given up: one that was refused would be refused again, and those behind it would be lost with
+        it. All that is in front of a right one has landed.
+        """
+        self.under_way = deque(leg for leg in self.under_way if not leg.void)
         return LegRequests(self)
 
     def landed(self, leg: Leg, output: torch.Tensor) -> None:
@@ -195,13 +200,14 @@ class LegRequests:
             return None
         message, channel = self._waiting.popleft(), self._flight.session.channel
         self._sent.append(replace(message, sent_at=time.perf_counter()))
-        self._flight.sent += 1
+        self._flight.unanswered += 1
         brief = self._flight.session.brief
         return message.chunk.request(None, message.codec, message.data, brief, channel.pads, channel.takes_trees)
 
     def answered(self, index: int, reply: Reply) -> None:
         message, flight = self._sent[index], self._flight
         leg = message.leg
+        flight.unanswered -= 1
         with flight.timings.measure("decode"):
             output = message.chunk.output(*reply, message.codec, flight.session.brief)
         self._outputs.append(output.to(leg.states))
@@ -297,7 +303,7 @@ class FlyingCacheLayer(SessionCacheLayer):
     def is_spoilt(self, step: PreparedStep) -> bool:
         if isinstance(step.parts, Flight):
             # Those behind a refused one may have run.
-            return step.parts.sent > 1
+            return step.parts.unanswered > 1
         return super().is_spoilt(step)
 
     def describe(self, step: PreparedStep) -> tuple[int, int, int]:

@@ -75,8 +75,7 @@ class RemoteSession:
     """
 
     def __init__(self, host: SessionHost, channel: WorkerChannel, identity: SessionIdentity, epoch: int) -> None:
-        self.channel = channel
-        self.worker = channel.worker
+        self.channel, self.worker = channel, channel.worker
         self.identity = identity
         #: How headers name it on this channel.
         self.ref = identity.on_wire(SESSION_KEYS in channel.crypto.capabilities)
@@ -161,11 +160,10 @@ class RemoteSession:
         return replies
 
     def _exchange(self, opening: payloads.Payload | None, requests: Requests, timings: StepTimings) -> list[Reply]:
-        first = self._seq
+        first, refused = self._seq, False
         asked: list[type[payloads.Payload]] = []
         replies: dict[int, Reply] = {}
         passed = own = int(opening is not None)
-        refused = False
 
         def send(payload: payloads.Payload, data: memoryview | bytes) -> None:
             self.channel.crypto.require(payload.needs)
@@ -177,11 +175,13 @@ class RemoteSession:
         try:
             if opening is not None:
                 send(opening, b"")
-            while len(replies) < len(asked) or not (refused or requests.complete):
+            while True:
                 while not (refused or requests.complete) and len(self.in_flight) < IN_FLIGHT:
                     if (request := requests.take(wait=not self.in_flight)) is None:
                         break
                     send(*request)
+                if len(replies) == len(asked) and (refused or requests.complete):
+                    break
                 if (event := self._next_event(requests.growing and not requests.complete)) is None:
                     continue
                 header, body = event

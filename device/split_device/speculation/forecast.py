@@ -14,7 +14,7 @@ from split_device.speculation.drafters import make_drafter
 from split_device.speculation.names import AUTO, OFF
 from split_device.speculation.speculation import Cycle, Pace, Speculation
 
-#: The least share of a cycle's time that is left, whatever a codec saves.
+#: The least share of a cycle's time that is left, whatever a codec saves, or noise takes off what was measured.
 LEAST_SHARE = 0.1
 
 
@@ -49,12 +49,16 @@ class CycleTimes:
         if room is None or self.plain is None or room >= self.room:
             return seconds
         # What room costs is bytes, so each token of it costs the same.
-        padding = max(0.0, self._measured(sessions, sessions) - self.plain.of(sessions, sessions))
-        return seconds - padding * (self.room - room) / (self.room - 1)
+        plain = self.plain.of(sessions, sessions)
+        padding = max(0.0, self._measured(sessions, sessions) - plain)
+        # Steps of more tokens may have been measured as faster ones.
+        return max(min(seconds, plain), seconds - padding * (self.room - room) / (self.room - 1))
 
     def _measured(self, sessions: int, tokens: float) -> float:
         each = tokens / sessions
         exact = _between({count: _between(row, each) for count, row in self.seconds.items()}, sessions)
+        # A line through the last two points may fall below zero.
+        exact = max(exact, LEAST_SHARE * min(min(row.values()) for row in self.seconds.values()))
         return max(LEAST_SHARE * exact, exact + sessions * self.message + tokens * (self.token + self.learning))
 
 
