@@ -17,6 +17,7 @@ import torch
 import transformers
 import typer.core
 from redis.connection import ConnectionPool, PythonRespSerializer
+from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
 
 import tiny
@@ -307,6 +308,23 @@ def test_what_changes_a_module_shows() -> None:
         seen.append(compat_torch.fingerprint([module]))
         assert seen[-1] not in seen[:-1], "see compat.torch.fingerprint"
     assert compat_torch.fingerprint([module]) == seen[-1]
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch_module.register_module_forward_hook,
+        torch_module.register_module_forward_pre_hook,
+        torch_module.register_module_full_backward_hook,
+        torch_module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_of_all_modules_show(register: Any) -> None:
+    assert not compat_torch.has_global_hooks()
+    handle = register(lambda *_: None)
+    assert compat_torch.has_global_hooks(), "see compat.torch.has_global_hooks"
+    handle.remove()
+    assert not compat_torch.has_global_hooks()
 
 
 def test_hooks_are_removed() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tiny
@@ -16,8 +17,11 @@ from fleet import joined, running_broker
 from split_common.engine import native
 from split_common.engine.fused_call import FusedCall
 from split_common.engine.sequences import TokenRun
+from split_common.models.loading import read_spec
+from split_common.models.split import Split
 from split_device.generation.local_layers import LocalLayers
 from split_device.models import fused_ends
+from split_worker.bodies.loading import load_language_body
 
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80], [25, 17, 90, 33, 4, 71, 12]])
 
@@ -118,6 +122,7 @@ def test_logits_and_caches(pair: Callable[..., Any]) -> None:
             for model, cache in zip((full, split), caches, strict=True)
         )
     assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+    assert split.fused_ends.fusion == "fused"
     for index in (0, 1, tiny.LAYERS - 2, tiny.LAYERS - 1):
         theirs, ours = (cache.layers[index] for cache in caches)
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
@@ -154,6 +159,109 @@ def test_hooks_and_changed_weights_take_effect(pair: Callable[..., Any], calls: 
     assert not calls
 
 
+@torch.no_grad()
+def close(full: Any, split: Any, **inputs: Any) -> None:
+    one, other = (model(**inputs).logits for model in (full, split))
+    assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+
+
+def test_states_that_lie_otherwise(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    width = full.config.hidden_size
+    states = torch.randn(1, width, 9, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    close(full, split, inputs_embeds=states)
+    assert calls[-2:] == [9, 9]
+
+
+def test_ends_are_compared_on_the_cpu(pair: Callable[..., Any]) -> None:
+    _, split = pair()
+    with torch.device("meta"):
+        split.fused_ends.takes(split.fused_ends._ends[0])
+    assert split.fused_ends.fusion == "fused"
+
+
+def test_the_default_dtype_is_not_that_of_keys(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    same(full, split)
+    calls.clear()
+    default = torch.get_default_dtype()
+    # As transformers sets it for all threads while it loads another model.
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        cache = DynamicCache(config=split.config)
+        split(PROMPT, past_key_values=cache)
+    finally:
+        torch.set_default_dtype(default)
+    assert (calls, cache.layers[0].keys.dtype) == ([14, 14], torch.float32)
+    same(full, split)
+
+
+def test_the_first_forward_may_be_under_autocast(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        split(PROMPT, use_cache=True)
+    assert split.fused_ends.fusion == "fused"
+    calls.clear()
+    same(full, split)
+    assert len(calls) == 24
+
+
+def test_outputs_of_single_layers_leave_the_ends_fused(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    same(full, split)
+    with torch.no_grad():
+        one, other = (model(PROMPT, output_hidden_states=True).hidden_states[1] for model in (full, split))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    calls.clear()
+    same(full, split)
+    assert (len(calls), split.fused_ends.fusion) == (24, "fused")
+
+
+def test_changes_before_the_first_forward_take_effect(pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    seen: list[Any] = []
+    handle = split.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    same(full, split)
+    assert (len(seen), calls, split.fused_ends.fusion) == (12, [], None)
+    handle.remove()
+    # Nothing was decided for good.
+    same(full, split)
+    assert split.fused_ends.fusion == "fused"
+    assert calls[-24:] == [14, 14, *[2] * 22]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_norms_that_change_in_place(first: bool, pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    if not first:
+        same(full, split)
+    # Neither their versions nor their addresses change.
+    for model in (full, split):
+        for index in (0, -1):
+            model.model.layers[index].input_layernorm.weight.data.mul_(3)
+    calls.clear()
+    close(full, split, input_ids=PROMPT)
+    assert (calls, split.fused_ends.fusion) == ([], None)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_hooks_of_all_modules_run(first: bool, pair: Callable[..., Any], calls: list[int]) -> None:
+    full, split = pair()
+    if not first:
+        same(full, split)
+    calls.clear()
+    mlps = {layer.mlp for layer in (split.model.layers[index] for index in (0, 1, -2, -1))}
+    seen: list[Any] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module) if module in mlps else None)
+    try:
+        same(full, split)
+    finally:
+        handle.remove()
+    assert (len(seen), calls) == (4 * 12, [])
+    same(full, split)
+    assert calls[-24:] == [14, 14, *[2] * 22]
+
+
 def test_a_guess_that_gives_another_output_is_refused(
     pair: Callable[..., Any], calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +285,20 @@ def test_caches_with_windows_are_not_fused(pair: Callable[..., Any]) -> None:
     full, split = pair("phi3", sliding_window=4)
     same(full, split)
     assert split.fused_ends.fusion is None
+
+
+def test_a_worker_says_why_layers_are_not_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tiny.save("llama", tmp_path)
+
+    def body(dtype: torch.dtype) -> Any:
+        split = Split.from_head_tail(tiny.LAYERS, 2, 2)
+        return load_language_body(read_spec(str(checkpoint)), split, torch.device("cpu"), dtype, kv_bytes=1 << 20)
+
+    assert "bfloat16" in body(torch.bfloat16)._unfused_because
+    whole = body(torch.float32)
+    assert "shape" in whole._unfused_because
+    monkeypatch.setattr("split_worker.bodies.language.failed", lambda: True)
+    assert "compiler has failed" in whole._unfused_because
 
 
 def test_tuning_that_is_off(pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

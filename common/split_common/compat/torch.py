@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.nn.modules import module as modules_of_torch
 
 #: What `torch.nn.attention.varlen.varlen_attn` calls. In torch 2.11 only this takes the lengths of sequences whose
 #: keys are not contiguous. Written against torch 2.11 to 2.13; if it breaks, look at
@@ -82,6 +83,19 @@ def fingerprint(modules: Iterable[nn.Module]) -> list[object]:
                     version = 0 if parameter.is_inference() else parameter._version
                     found += (id(parameter), version, parameter.requires_grad)
     return found
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks that run at calls of all modules.
+
+    Written against torch 2.13. If it breaks, look at `Module._call_impl` in `torch/nn/modules/module.py`.
+    """
+    return bool(
+        modules_of_torch._global_forward_hooks
+        or modules_of_torch._global_forward_pre_hooks
+        or modules_of_torch._global_backward_hooks
+        or modules_of_torch._global_backward_pre_hooks
+    )
 
 
 def remove_forward_hooks(module: nn.Module) -> None:

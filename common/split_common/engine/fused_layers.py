@@ -143,7 +143,7 @@ class _Rotary:
 
     def _block(self, begin: int) -> tuple[dict[int, int], list[tuple[torch.Tensor, torch.Tensor]]]:
         """What layers are handed for a part of the table."""
-        return self._look_up(torch.arange(begin, begin + TABLE_POSITIONS))
+        return self._look_up(torch.arange(begin, begin + TABLE_POSITIONS, device="cpu"))
 
     @torch.inference_mode()
     def _look_up(self, positions: torch.Tensor) -> tuple[dict[int, int], list[tuple[torch.Tensor, torch.Tensor]]]:

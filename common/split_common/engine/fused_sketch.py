@@ -139,8 +139,9 @@ def _watch(stack: LayerStack) -> dict[int, tuple[nn.Module, list[_Call]]]:
         for module in slot.modules():
             if module is not slot:
                 hooks.append(module.register_forward_hook(_note(calls)))
-    arguments = {"position_ids": torch.arange(TOKENS)[None]} if stack.takes_positions else {}
-    states = torch.randn(1, TOKENS, stack.width, generator=torch.Generator().manual_seed(0))
+    arguments = {"position_ids": torch.arange(TOKENS, device="cpu")[None]} if stack.takes_positions else {}
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, TOKENS, stack.width, generator=generator, dtype=torch.float32, device="cpu")
     try:
         stack.owner(inputs_embeds=states, use_cache=False, **arguments)
     finally:
@@ -230,7 +231,7 @@ def _is_norm(call: _Call) -> bool:
 def _norm(module: nn.Module, call: _Call) -> Norm:
     """The norm that a module computes. Raises OtherShape if it is none."""
     width = call.states.shape[-1]
-    ones = torch.ones(1, 1, width)
+    ones = call.states.new_ones(1, 1, width)
     weight = module(LARGE * ones).flatten().clone()
     if weight.shape != (width,) or not bool(weight.abs().max() > 0):
         raise OtherShape("a norm is not one of the root mean square")

@@ -72,5 +72,6 @@ def _batch(pool: PagePool, count: int, width: int) -> tuple[list[Span], torch.Te
     """The first tokens of a sequence: its span, slots, states and positions."""
     sequence = pool.new_sequence()
     slots = torch.from_numpy(sequence.append(count))
-    states = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    return [Span(sequence, 0, count)], slots, states, torch.arange(count)[None]
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
+    return [Span(sequence, 0, count)], slots, states, torch.arange(count, device="cpu")[None]

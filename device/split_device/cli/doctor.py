@@ -176,7 +176,7 @@ def _compiled_code() -> Finding:
     if (command := native.compiler()) is not None:
         detail = f"layers of the usual shape will be fused: {command} compiles the code at a first start"
         return Finding("CPU", "ok", detail)
-    wanted = "with a C++ compiler (c++, g++, clang++ or CXX), they take half the time"
+    wanted = "with a C++ compiler (c++, g++, clang++ or CXX), a step of one session may take a quarter of the time"
     return Finding("CPU", "note", f"layers are not fused: {wanted}")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from split_common.compat.torch import fingerprint, twin_with
+from split_common.compat.torch import fingerprint, has_global_hooks, twin_with
 from split_common.compat.transformers import active_captures
 from split_common.engine import native
 from split_common.engine.attention import AttentionCall
@@ -68,13 +68,19 @@ class FusedEnds:
             for index in end.indices:
                 slot = stack.slots[index]
                 slot.forward = _Forward(self, end, index, slot)
+            end.note([stack.slots[index] for index in end.indices])
 
     @property
     def fusion(self) -> str | None:
         """`fused` if the ends are computed in one call each, `compiling` if they will be; None if neither."""
+        if not self._are_unchanged():
+            return None
         if not self._decided:
             return "compiling"
         return "fused" if all(end.call is not None for end in self._ends) else None
+
+    def _are_unchanged(self) -> bool:
+        return not has_global_hooks() and all(end.is_unchanged() for end in self._ends)
 
     def __deepcopy__(self, _memo: object) -> FusedEnds:
         return self
@@ -85,8 +91,11 @@ class FusedEnds:
             return trial[1]
         if not self._decided and (native.library() is not None or native.failed()):
             with self._lock:
-                if not self._decided:
-                    self._decide()
+                # What was changed since loading may be taken back: until then, nothing is known.
+                if not self._decided and self._are_unchanged():
+                    # Whatever the caller has set: its autocast, its default device.
+                    with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+                        self._decide()
         return self._decided and end.call is not None
 
     def _decide(self) -> None:
@@ -139,7 +148,7 @@ class FusedEnds:
         try:
             for count in _STEPS:
                 places = {"position_ids": counter.tokens + torch.arange(count)[None]}
-                states = torch.randn(2, count, stack.width, generator=generator)
+                states = torch.randn(2, count, stack.width, generator=generator, dtype=torch.float32)
                 with forwarding.entered(StepContext()) as context:
                     output = twin(
                         inputs_embeds=states,
@@ -184,6 +193,23 @@ class FusedEnd:
         self._make: Callable[[], FusedCall]
         self._rotated = -1
 
+    def note(self, modules: Sequence[nn.Module]) -> None:
+        """Remembers its layers as they are: what was seen of them holds as long as they stay so."""
+        self._modules = list(modules)
+        self._fingerprint = fingerprint(self._modules)
+        self._vectors = [vector.detach().clone() for vector in self._own_vectors()]
+
+    def is_unchanged(self) -> bool:
+        """Whether its layers are what they were. Matrices are read where they lie, and are not compared."""
+        if fingerprint(self._modules) != self._fingerprint:
+            return False
+        # Norms were copied. Changes of their `data` show nowhere else.
+        own = self._own_vectors()
+        return len(own) == len(self._vectors) and all(
+            one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+            for one, other in zip(self._vectors, own, strict=True)
+        )
+
     def build(self, library: ctypes.CDLL, stack: LayerStack) -> None:
         """Makes the call. Raises OtherShape."""
         positions = torch.arange(2)[None]
@@ -192,10 +218,8 @@ class FusedEnd:
         if any(table is None for table in tables):
             raise OtherShape("they are handed no rotary embeddings")
         self._rotated = tables[0][0].shape[1]  # type: ignore[index]
-        self._modules = [stack.slots[index] for index in self.indices]
         self._make = lambda: FusedCall(library, self._layers, stack.width, self._rotated, self._shape)
-        self.call, self._vectors = self._make(), self._copied_vectors()
-        self._fingerprint, self._addresses = fingerprint(self._modules), _addresses(self._modules)
+        self.call, self._addresses = self._make(), _addresses(self._modules)
 
     def wrap(self, hidden: torch.Tensor) -> Any:
         """What a layer of this model returns for an output."""
@@ -219,17 +243,14 @@ class FusedEnd:
             return None
         if active_captures() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return None
-        if fingerprint(self._modules) != self._fingerprint:
+        if has_global_hooks() or not self.is_unchanged():
             return None
         if (found := _addresses(self._modules)) != self._addresses and not self._follow(found):
             return None
         if (call := self.call) is None:
             return None
-        longer = [
-            (self._longer(layer, "keys", rows, tokens), self._longer(layer, "values", rows, tokens))
-            for layer in layers
-        ]
-        output = hidden.detach().reshape(rows * tokens, width).clone()
+        longer = [(self._longer(layer, "keys", hidden), self._longer(layer, "values", hidden)) for layer in layers]
+        output = hidden.detach().reshape(rows * tokens, width).clone(memory_format=torch.contiguous_format)
         total, own = past + tokens, self._shape
         heads, step = own.heads, own.key_width
         call.run(
@@ -241,7 +262,7 @@ class FusedEnd:
                 [tokens] * rows,
                 [total] * rows,
                 [[row] for row in range(rows)],
-                (torch.arange(rows)[:, None] * total + torch.arange(past, total)).flatten(),
+                (_numbers(rows)[:, None] * total + _numbers(past, total)).flatten(),
             ),
         )
         for layer, (keys, values) in zip(layers, longer, strict=True):
@@ -251,16 +272,15 @@ class FusedEnd:
         return output.view(rows, tokens, width)
 
     def _follow(self, found: list[int]) -> bool:
-        """Has weights read where they lie by now. Returns whether that is possible: norms were copied."""
+        """Has weights read where they lie by now. Returns whether that is possible."""
         self.call = None
-        if all(map(torch.equal, self._vectors, self._copied_vectors())):
-            with contextlib.suppress(OtherShape):
-                self.call, self._addresses = self._make(), found
+        with contextlib.suppress(OtherShape):
+            self.call, self._addresses = self._make(), found
         return self.call is not None
 
-    def _copied_vectors(self) -> list[torch.Tensor]:
+    def _own_vectors(self) -> list[torch.Tensor]:
         parameters = (each for module in self._modules for each in module.parameters())
-        return [parameter.detach().clone() for parameter in parameters if parameter.ndim < 2]
+        return [parameter for parameter in parameters if parameter.ndim < 2]
 
     def _holds(self, layers: Sequence[Any], rows: int, past: int) -> bool:
         """Whether cache layers are transformers' plain ones, with so many tokens in so many rows."""
@@ -273,10 +293,10 @@ class FusedEnd:
                 return False
         return True
 
-    def _longer(self, layer: Any, name: str, rows: int, tokens: int) -> torch.Tensor:
-        """Keys or values `[rows, heads, tokens, width]` of a cache layer, with room for more tokens."""
-        past = layer.get_seq_length()
-        longer = torch.empty(rows, self._shape.heads, past + tokens, self._shape.key_width)
+    def _longer(self, layer: Any, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """Keys or values `[rows, heads, tokens, width]` of a cache layer, with room for those of the states."""
+        past, (rows, tokens, _) = layer.get_seq_length(), hidden.shape
+        longer = hidden.new_empty(rows, self._shape.heads, past + tokens, self._shape.key_width)
         if past:
             longer[:, :, :past] = getattr(layer, name)
         return longer
@@ -317,6 +337,8 @@ def fuse_ends(model: Any, stack: LayerStack, split: Split) -> FusedEnds | None:
     """
     with contextlib.suppress(OtherShape):
         ends = list(_ends(model, stack, split))
+        # Else they would come with the first call that asks for outputs, and count as a change from then on.
+        model.install_captures()
         return FusedEnds(stack, model.config.get_text_config(decoder=True), ends, own_head(model))
     return None
 
@@ -350,6 +372,11 @@ def _rotary(arguments: Any, rows: int, tokens: int) -> tuple[torch.Tensor, torch
 def _addresses(modules: Sequence[nn.Module]) -> list[int]:
     """Where the parameters of modules lie."""
     return [parameter.data_ptr() for module in modules for parameter in module.parameters()]
+
+
+def _numbers(*bounds: int) -> torch.Tensor:
+    """`torch.arange` for code that reads int64 of the CPU, whatever the default device."""
+    return torch.arange(*bounds, dtype=torch.int64, device="cpu")
 
 
 def _is_usual(tensor: torch.Tensor) -> bool:

@@ -37,9 +37,11 @@ class OwnHead:
         self._head, self._plain = head, head.forward
         self._product: OwnProduct | None = None
         self._is_faster: Callable[[int], bool] = lambda _rows: False
-        self._fingerprint: list[object] = []
         self._address = 0
         self._library: ctypes.CDLL
+        vars(head)["forward"] = self
+        #: Of the layer as it was loaded.
+        self._fingerprint = fingerprint([head])
 
     @torch.inference_mode()
     def build(self, library: ctypes.CDLL) -> None:
@@ -47,7 +49,7 @@ class OwnHead:
         head = self._head
         self._library = library
         product = OwnProduct(library, head)
-        states = torch.randn(5, head.in_features, generator=torch.Generator().manual_seed(0))
+        states = _states(5, head.in_features)
         wanted = self._plain(states)
         differs = float((product(states) - wanted).abs().max() / wanted.abs().max())
         if not differs < LINEAR_TOLERANCE[torch.float32]:
@@ -55,19 +57,15 @@ class OwnHead:
         outputs = max(1, min(head.out_features, SAMPLE_BYTES // head.weight[:1].nbytes))
         some, weight = OwnProduct(library, head, outputs), head.weight[:outputs]
 
-        def states_of(rows: int) -> torch.Tensor:
-            return torch.randn(rows, head.in_features)
-
         def measure() -> CandidateTimes:
             candidates: dict[str, Callable[[int], Callable[[], object]]] = {
-                "own": lambda rows: lambda states=states_of(rows): some(states),  # type: ignore[misc]
-                "plain": lambda rows: lambda states=states_of(rows): apply_linear(states, weight),  # type: ignore[misc]
+                "own": lambda rows: lambda states=_states(rows, head.in_features): some(states),  # type: ignore[misc]
+                "plain": lambda rows: lambda states=_states(rows, head.in_features): apply_linear(states, weight),  # type: ignore[misc]
             }
             return in_turns(candidates, ROWS)
 
         times = kept_times(["head", native.code_name(), str(tuple(head.weight.shape))], measure)
         self._is_faster = faster(times, "own", "plain")
-        self._fingerprint = fingerprint([head])
         self._read()
 
     def _read(self) -> None:
@@ -97,11 +95,14 @@ class OwnHead:
         return MethodType(type(self._head).forward, copy.deepcopy(self._head, memo))
 
 
+def _states(rows: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def own_head(model: Any) -> OwnHead | None:
     """Prepares a model's LM head; None if it is not a plain linear layer in fp32 on the CPU."""
     head = model.get_output_embeddings()
     if head is None or not is_plain(head) or head.weight.dtype != torch.float32 or head.weight.device.type != "cpu":
         return None
-    own = OwnHead(head)
-    vars(head)["forward"] = own
-    return own
+    return OwnHead(head)

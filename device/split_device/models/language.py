@@ -268,11 +268,15 @@ class SplitModelForCausalLM(ConnectedModel, WithAdapters, _OwnClass):  # type: i
         stack = self.split_parts.stack
         refuse_outputs(options, self._body.captured, eager=attention_implementation(stack.owner) == "eager")
         if any(options.get(name) for name in PARTIAL):
-            with contextlib.ExitStack() as without:
-                for slot in stack.slots[self.split.first : self.split.last]:
-                    assert isinstance(slot, RemoteLayer)
-                    without.enter_context(slot.without_stand_ins())
-                install_capturing_hooks(self)
+            self.install_captures()
+
+    def install_captures(self) -> None:
+        """Has transformers capture outputs of the device's layers, but not of stand-ins, where asked for."""
+        with contextlib.ExitStack() as without:
+            for slot in self.split_parts.stack.slots[self.split.first : self.split.last]:
+                assert isinstance(slot, RemoteLayer)
+                without.enter_context(slot.without_stand_ins())
+            install_capturing_hooks(self)
 
     # --- hooks; the `_after` hooks run after a failed call, too --------------------------------------------
 

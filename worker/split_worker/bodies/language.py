@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from split_common.engine.forward import Forward
-from split_common.engine.native import compiler, instruction_set
+from split_common.engine.native import compiler, failed, instruction_set
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
 from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
@@ -278,8 +278,7 @@ class LanguageBody:
             case "compiling":
                 lines.append("a C++ compiler is at work, and layers will be fused")
             case None if self._tuning is not None:
-                without = "there is no C++ compiler" if compiler() is None else "they are not of the usual shape"
-                lines.append(f"layers are not fused: {without}")
+                lines.append(f"layers are not fused: {self._unfused_because}")
         if self.adapters:
             lines.append(f"adapters: {', '.join(adapter.name for adapter in self.adapters)}")
         if self.runner.unpacked_because is not None:
@@ -291,6 +290,17 @@ class LanguageBody:
                 "rows with padding to their left are refused: for them, these layers give a different result"
             )
         return lines
+
+    @property
+    def _unfused_because(self) -> str:
+        """Why layers on the CPU are not computed in one call."""
+        if self.dtype != torch.float32:
+            return f"they compute in {dtype_name(self.dtype)}, and only float32 can be"
+        if compiler() is None:
+            return "there is no C++ compiler"
+        if failed():
+            return "the C++ compiler has failed, or its code cannot be loaded; the log says more"
+        return "they are not of the usual shape"
 
     @property
     def _tuning(self) -> str | None:
