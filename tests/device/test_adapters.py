@@ -21,12 +21,14 @@ from transformers import GenerationConfig
 import lora
 import tiny
 from fleet import running_broker, start_worker
+from split_common.engine import native
 from split_common.engine.sequences import TokenRun
 from split_common.errors import ConfigError, ModelError, UnknownAdapter, UnknownModel, UnsupportedFeature
 from split_common.models.adapters import LoraConfig
 from split_common.protocol import payloads
 from split_device import SplitModelForCausalLM
 from split_device.generation.generator import Generator, Request
+from split_device.models import fused_ends
 from split_worker.limits import WorkerLimits
 from split_worker.worker import Worker
 from wiretap import LATE, record_waits, wait_until
@@ -176,6 +178,23 @@ def test_one_model_chooses_among_its_adapters(model: Any, llama: Path, a: Path, 
     assert say(model) == plain
     with pytest.raises(UnknownAdapter, match="no adapter 'c'"):
         model.set_adapter("c")
+
+
+def test_adapters_take_effect_where_head_and_tail_could_be_fused(
+    broker: Any, worker: Worker, llama: Path, b: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.begin() or not native.wait():
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(fused_ends, "LEAST_BYTES", 0)
+    plain, expected = say(lora.unsplit(llama)), say(lora.unsplit(llama, b))
+    for given in ({"b": b}, None):
+        with SplitModelForCausalLM.from_pretrained(llama, broker=broker.address, adapter=given) as split:
+            assert say(split) == plain
+            if given is None:
+                assert split.fused_ends.fusion == "fused"
+                split.load_adapter(b, "b")
+            split.set_adapter("b")
+            assert say(split) == expected
 
 
 def test_copies_have_the_adapter_and_caches_keep_it(

@@ -350,6 +350,9 @@ def _ends(model: Any, stack: LayerStack, split: Split) -> Iterator[FusedEnd]:
     size = sum(parameter.nbytes for index in own for parameter in stack.slots[index].parameters())
     if size < LEAST_BYTES or not from_environment() or not native.begin():
         raise OtherShape("they are not to be fused")
+    if len(model.split_parts.adapters):
+        # Which of them is active changes no module. One that is loaded later does.
+        raise OtherShape("they have adapters")
     part, copied = shared_copy(model, own)
     sketches = sketch_layers(copied, [module for module in part.modules() if is_plain(module)])
     if sketches.keys() != own:
