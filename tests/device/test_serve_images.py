@@ -254,7 +254,8 @@ def test_a_stream_says_that_its_worker_is_gone(server: tuple[str, Any], model: P
             if "waiting 60 s for another one" in line:
                 said = line
                 break
-    assert said.startswith(f": worker {worker.name} is gone: ")
+    # It may have left between two steps, when nothing was asked of it.
+    assert said.startswith((f": worker {worker.name} is gone: ", ": no worker is left: "))
     assert f"start one with `lambda-split worker --model {model}" in said
 
 
