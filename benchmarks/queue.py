@@ -168,7 +168,7 @@ def _be_a_worker(address: str) -> None:
     fleet = load_fleet()
     identity = fleet.identity("worker")
     body: Any = SimpleNamespace(
-        store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0),
+        store=SimpleNamespace(free_tokens=2**20, sequence_tokens=0, freed_by=lambda _closed: 0),
         device=SimpleNamespace(type="cpu"),
         divisible=True,
         first_turn=1.0,
