@@ -17,7 +17,7 @@ from split_device.generation import ahead
 from split_device.generation.active import ActiveRequest
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import Limits
-from split_device.models.flight import Flight, FlyingCacheLayer, Leg, TripTimes
+from split_device.models.flight import Flight, FlyingCacheLayer, Landed, Leg, TripTimes
 from split_device.sessions.session import RemoteSession
 from split_device.sessions.timings import StepTimings
 from split_device.speculation.drafters import DRAFTERS
@@ -136,7 +136,7 @@ def test_a_request_that_is_cancelled_while_steps_are_away(
 
 
 class Strike:
-    """Does something once, when a request has this many steps away."""
+    """Does something once, when a request has this many steps away. None is at its worker before that."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, away: int) -> None:
         self.act: Any = None
@@ -149,7 +149,17 @@ class Strike:
                 act()
             return sent
 
+        fly = ActiveRequest._fly
+
+        def flying(request: ActiveRequest, leg: Leg, on_output: Any) -> Landed:
+            legs = request.legs
+            assert legs is not None
+            # Else a fast worker may have answered each before the next one leaves.
+            wait_until(lambda: legs.away >= min(away, len(legs)))
+            return fly(request, leg, on_output)
+
         monkeypatch.setattr(ActiveRequest, "send", sending)
+        monkeypatch.setattr(ActiveRequest, "_fly", flying)
 
 
 @pytest.mark.parametrize("wrong", ["right", "often"])
@@ -166,6 +176,7 @@ def test_a_worker_that_is_lost_with_two_steps_away(
         for request, text in zip(asked()[:2], texts, strict=False):
             strike.act = replace
             assert [*request.prompt, *generator.submit(request).result(LATE)] == text
+        assert strike.act is None
         assert model.traffic["replays"] > 0
 
 
