@@ -21,6 +21,18 @@ KEY = "a-key"
 #: A name of the host beside those that are always allowed.
 HOST = "gateway.example"
 
+#: Asked of a server that has a tool.
+QUESTION = {"role": "user", "content": "Is it hot?"}
+
+#: Bounded, so that random models come to an end.
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
+
 
 @contextlib.contextmanager
 def serving(

@@ -165,14 +165,19 @@ def generated(generator: Generator, found: SampleText, speculate: str | None = N
     return tokens
 
 
-@pytest.mark.parametrize("speculate", ["off", "ngram", "suffix"])
-def test_steps_are_as_many_as_predicted(split: Any, measured: Measured, speculate: str) -> None:
-    """Drafters that look at the text alone draft in a prediction what they draft on the device."""
-    tokens = sum(len(each.answer) - 1 for each in measured.texts)
+def answered_anew(split: Any, measured: Measured, speculate: str) -> tuple[int, int]:
+    """Has the sample answered again. Returns its tokens and steps after the first ones."""
     with Generator(split, prefix_cache=0, speculate=speculate) as generator:
         for found in measured.texts:
             assert generated(generator, found) == found.answer
         steps = generator.counters["steps"] - len(measured.texts)
+    return sum(len(each.answer) - 1 for each in measured.texts), steps
+
+
+@pytest.mark.parametrize("speculate", ["off", "ngram", "suffix"])
+def test_steps_are_as_many_as_predicted(split: Any, measured: Measured, speculate: str) -> None:
+    """Drafters that look at the text alone draft in a prediction what they draft on the device."""
+    tokens, steps = answered_anew(split, measured, speculate)
     predicted = measured.forecast(speculate, "exact", 1)
     assert predicted.tokens_per_step == pytest.approx(tokens / steps)
     assert (speculate == "off") == (steps == tokens)
@@ -189,11 +194,7 @@ def test_every_setting_is_predicted(measured: Measured) -> None:
 
 @pytest.mark.parametrize("speculate", ["recycle", "suffix-recycle"])
 def test_several_continuations_are_predicted_by_answers(split: Any, measured: Measured, speculate: str) -> None:
-    tokens = sum(len(each.answer) - 1 for each in measured.texts)
-    with Generator(split, prefix_cache=0, speculate=speculate) as generator:
-        for found in measured.texts:
-            assert generated(generator, found) == found.answer
-        steps = generator.counters["steps"] - len(measured.texts)
+    tokens, steps = answered_anew(split, measured, speculate)
     assert measured.trees is not None
     answers = measured.trees.answers[speculate]
     assert (answers.tokens, answers.steps) == (tokens, steps)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LogitsProcessorList
 import tiny
 from fleet import serving_here
 from grammar_walk import ConstraintProcessor
-from serving import KEY, Unsplit
+from serving import KEY, PARAMETERS, QUESTION, WEATHER, Unsplit
 from split_common.system.process import running_command
 from split_device.generation.answers import answer_format
 from split_device.generation.call_grammar import call_constraint
@@ -43,14 +43,6 @@ TEMPLATE = (
 )
 BEGUN = {"chat_template_kwargs": {"enable_thinking": True}}
 
-QUESTION = {"role": "user", "content": "Is it hot?"}
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
-WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 CALL: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
 
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 import tiny
 from fleet import serving_here
 from grammar_walk import ConstraintProcessor
-from serving import KEY, Unsplit
+from serving import KEY, PARAMETERS, QUESTION, WEATHER, Unsplit
 from split_common.system.process import running_command
 from split_device.generation.answers import answer_format
 from split_device.generation.call_grammar import call_constraint
@@ -26,16 +26,6 @@ from split_device.generation.tools import NamedTool, Tool, ToolUse
 
 POSITIONS = 4096
 
-QUESTION = {"role": "user", "content": "Is it hot?"}
-
-#: Bounded, so that random models come to an end.
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
-WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 CLOCK = {"type": "function", "function": {"name": "now"}}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 

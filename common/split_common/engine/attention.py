@@ -114,6 +114,19 @@ current: ContextVar[PackedBatch] = ContextVar("packed batch")
 recording: ContextVar[list[tuple[AttentionCall, list[str]]] | None] = ContextVar("recorded calls", default=None)
 
 
+def call_of(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> AttentionCall:
+    """What a layer asks of its attention, by the arguments of transformers' attention interface."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return AttentionCall(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -139,8 +152,7 @@ def packed_attention(
     Returns:
         `[1, tokens, heads, value_width]`, contiguous, because some layers view it as `[1, tokens, width]`.
     """
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = AttentionCall(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    call = call_of(module, query, scaling, sliding_window, softcap, s_aux)
     recorded = recording.get()
     if recorded is not None:
         recorded.append((call, [name for name, value in other.items() if value is not None]))

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface
 
 from split_common.compat.transformers import attention_implementation
-from split_common.engine.attention import AttentionCall
+from split_common.engine.attention import AttentionCall, call_of
 from split_common.engine.pool import LayerShape
 from split_common.models.layer_stack import LayerStack
 
@@ -56,8 +56,7 @@ def _note(
     **other: Any,
 ) -> tuple[torch.Tensor, None]:
     """Zeros `[batch, tokens, heads, value_width]`, with the signature of transformers' attention interface."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = AttentionCall(int(module.layer_idx), scale, sliding_window, softcap, s_aux)  # type: ignore[arg-type]
+    call = call_of(module, query, scaling, sliding_window, softcap, s_aux)
     others = [name for name, given in other.items() if given is not None and name not in HARMLESS]
     _noted.get().append(NotedCall(call, LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), others))
     batch, heads, tokens, _ = query.shape

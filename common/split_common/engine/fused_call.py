@@ -150,10 +150,8 @@ class FusedCall:
         return _Product(self._pointer(part.weight), None if part.bias is None else self._pointer(part.bias))
 
     def _pointer(self, tensor: torch.Tensor) -> int:
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise OtherShape("its weights are not fp32, or do not lie one after another")
         self._kept.append(tensor)
-        return tensor.data_ptr()
+        return _pointer(tensor)
 
     def run(
         self,
@@ -205,6 +203,13 @@ class FusedCall:
             raise MemoryError("there is no memory for a forward")
 
 
+def _pointer(tensor: torch.Tensor) -> int:
+    """The address of numbers that the code reads. Raises OtherShape if it cannot."""
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        raise OtherShape("its weights are not fp32, or do not lie one after another")
+    return tensor.data_ptr()
+
+
 def rotary_pair(value: Any, rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Cosines and sines `[rows * tokens, width]`, if an argument is both, `[rows or 1, tokens, width]` each."""
     if not isinstance(value, tuple) or len(value) != 2:
@@ -235,12 +240,8 @@ class OwnProduct:
 
     def __init__(self, library: ctypes.CDLL, linear: nn.Linear, outputs: int | None = None) -> None:
         weight, bias = linear.weight.data, None if linear.bias is None else linear.bias.data
-        if any(
-            each.dtype != torch.float32 or not each.is_contiguous() for each in (weight, bias) if each is not None
-        ):
-            raise OtherShape("its weight is not fp32, or does not lie in one piece")
         self._run, self._kept = library.run_product, (weight, bias)
-        self._product = _Product(weight.data_ptr(), None if bias is None else bias.data_ptr())
+        self._product = _Product(_pointer(weight), None if bias is None else _pointer(bias))
         self._inputs, self._outputs = linear.in_features, outputs or linear.out_features
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

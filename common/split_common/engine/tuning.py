@@ -7,6 +7,7 @@ shapes, so only a first start takes the time.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -25,6 +26,8 @@ from split_common.errors import ConfigError, KeysError
 from split_common.system.files import cache_dir, private_dir, write_private
 
 log = logging.getLogger(__name__)
+
+_Name = TypeVar("_Name")
 
 #: How a weight lies in memory: as in the checkpoint, or in oneDNN's blocks.
 Layout = Literal["plain", "onednn"]
@@ -202,21 +205,14 @@ def _measure(
             candidates.append((product, "onednn", apply(weight, "onednn")))
         except (RuntimeError, AttributeError, KeyError) as error:
             log.info("oneDNN's layout is not measured: %s", error)
-    flush = torch.zeros(FLUSH_BYTES // 4)
     times: Times = {}
     for rows in ROWS:
         states = {product: torch.randn(1, rows, product.inputs).to(product.dtype) for product in products}
-        ends = time.perf_counter() + SECONDS
-        for turn in range(ROUNDS):
-            flush.sum()
-            for product, layout, run in candidates:
-                began = time.perf_counter()
-                run(states[product])
-                took = time.perf_counter() - began
-                least = times.setdefault(str(product), {}).setdefault(layout, {})
-                least[rows] = min(took, least.get(rows, took)) if turn > 1 else took
-            if turn + 1 >= LEAST_ROUNDS and time.perf_counter() > ends:
-                break
+        runs = {
+            (str(product), layout): functools.partial(run, states[product]) for product, layout, run in candidates
+        }
+        for (name, layout), seconds in _least_seconds(runs, LEAST_ROUNDS).items():
+            times.setdefault(name, {}).setdefault(layout, {})[rows] = seconds
     return times
 
 
@@ -229,21 +225,38 @@ def in_turns(
         candidates: by their names; each makes what is to be timed for a number of rows.
         counts: the numbers of rows.
     """
-    flush = torch.zeros(FLUSH_BYTES // 4)
     times: CandidateTimes = {name: {} for name in candidates}
     for count in counts:
         runs = {name: make(count) for name, make in candidates.items()}
-        ends = time.perf_counter() + SECONDS
-        for turn in range(ROUNDS):
-            for name, run in runs.items():
-                flush.sum()
-                began = time.perf_counter()
-                run()
-                took = time.perf_counter() - began
-                times[name][count] = min(took, times[name].get(count, took)) if turn > 1 else took
-            if turn + 1 >= FEW_ROUNDS and time.perf_counter() > ends:
-                break
+        for name, seconds in _least_seconds(runs, FEW_ROUNDS, flush_each=True).items():
+            times[name][count] = seconds
     return times
+
+
+def _least_seconds(
+    runs: Mapping[_Name, Callable[[], object]], least_rounds: int, *, flush_each: bool = False
+) -> dict[_Name, float]:
+    """The least seconds of each run, in turns.
+
+    Args:
+        runs: by their names.
+        least_rounds: how many turns there are at least.
+        flush_each: whether the caches of a core are emptied before each run, and not only before each turn.
+    """
+    flush = torch.zeros(FLUSH_BYTES // 4)
+    least: dict[_Name, float] = {}
+    ends = time.perf_counter() + SECONDS
+    for turn in range(ROUNDS):
+        for index, (name, run) in enumerate(runs.items()):
+            if flush_each or index == 0:
+                flush.sum()
+            began = time.perf_counter()
+            run()
+            took = time.perf_counter() - began
+            least[name] = min(took, least.get(name, took)) if turn > 1 else took
+        if turn + 1 >= least_rounds and time.perf_counter() > ends:
+            break
+    return least
 
 
 def faster(
@@ -263,13 +276,9 @@ def faster(
 def kept_times(facts: Sequence[str], measure: Callable[[], CandidateTimes]) -> CandidateTimes:
     """Seconds by candidate and number of rows: what was measured earlier for these facts on this CPU, or is now."""
     name, key = _named(facts), "candidates"
-    try:
-        data = (private_dir(cache_dir() / "tuning") / name).read_bytes()
-        times = msgspec.json.decode(data, type=Times)[key]
-        if times and all(each and all(each.values()) for each in times.values()):
-            return times
-    except (OSError, KeysError, msgspec.MsgspecError, KeyError):
-        pass
+    times = _stored(name).get(key)
+    if times and all(each and all(each.values()) for each in times.values()):
+        return times
     times = measure()
     _keep(name, {key: times})
     return times
@@ -301,12 +310,17 @@ def cpu_facts() -> str:
     return "\n".join(line for line in lines if line.startswith(("model", "cpu family", "stepping", "flags")))
 
 
+def _stored(name: str) -> Times:
+    """What a file has of earlier measurements; nothing if it cannot be read."""
+    try:
+        return msgspec.json.decode((private_dir(cache_dir() / "tuning") / name).read_bytes(), type=Times)
+    except (OSError, KeysError, msgspec.MsgspecError):
+        return {}
+
+
 def _read(name: str, products: Collection[Product]) -> Times | None:
     """What was measured earlier; None if nothing was, or what is there does not fit."""
-    try:
-        times = msgspec.json.decode((private_dir(cache_dir() / "tuning") / name).read_bytes(), type=Times)
-    except (OSError, KeysError, msgspec.MsgspecError):
-        return None
+    times = _stored(name)
     for product in products:
         layouts = times.get(str(product), {})
         if "plain" not in layouts or not layouts.keys() <= {"plain", "onednn"}:

@@ -13,8 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from split_common.errors import MeasurementTimeout
-from split_device.generation.cycles import GLANCE
-from split_device.generation.generator import Generation, Generator, Request
+from split_device.generation.generator import Generator, Request
 from split_device.generation.settings import NO_END
 from split_device.speculation.forecast import SampleText
 from split_device.speculation.names import OFF
@@ -56,19 +55,13 @@ def answered(model: Any, texts: Sequence[SampleText], speculate: str, limit: flo
                 do_sample=False, max_new_tokens=len(text.answer), eos_token_id=[NO_END], pad_token_id=0
             )
             generation = generator.submit(Request(text.prompt, config, speculate=speculate), note)
-            _wait(generation, limit)
+            try:
+                generation.result(limit)
+            except TimeoutError:
+                generation.cancel()
+                raise MeasurementTimeout(f"a short answer took longer than {limit:.0f} s") from None
             # A step brings one token, and those of its draft that were right.
             tokens += len(times) - 1
             steps += len(times) - 1 - generation.accepted_tokens
             seconds += times[-1] - times[0]
     return Answered(tokens, steps, seconds)
-
-
-def _wait(generation: Generation, limit: float) -> None:
-    until = time.monotonic() + limit
-    while not generation.done:
-        if time.monotonic() > until:
-            generation.cancel()
-            raise MeasurementTimeout(f"a short answer took longer than {limit:.0f} s")
-        time.sleep(GLANCE / 10)
-    generation.result()

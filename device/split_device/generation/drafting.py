@@ -239,8 +239,8 @@ class Drafting:
         self._drafted += len(request.drafts)
         request.step_tokens = len(tokens) + len(request.drafts)
         # Steps that nobody waits for would delay those of others.
-        most = self._steps_ahead if len(self._active) == 1 and not request.parents else 0
-        ahead = draft_ahead(request, len(tokens), most)
+        most_ahead = self._steps_ahead if len(self._active) == 1 and not request.parents else 0
+        ahead = draft_ahead(request, len(tokens), most_ahead)
         self._counters["steps_ahead"] += len(ahead)
         add_steps(request, ahead if request.legs else [[*tokens, *request.drafts], *ahead])
 

@@ -35,7 +35,7 @@ from split_common.models.cache_layers import TokenCounter
 from split_common.models.layer_stack import LayerStack, PassThrough
 from split_common.models.split import Split
 from split_device.models.body import forwarding
-from split_device.models.fused_head import OwnHead, own_head
+from split_device.models.fused_head import OwnHead, is_plain_call, own_head
 from split_device.models.prepared import StepContext
 from split_device.models.shared import shared_copy
 
@@ -189,7 +189,9 @@ class FusedEnd:
         self._modules: list[nn.Module] = []
         self._fingerprint: list[object] = []
         self._addresses: list[int] = []
-        self._vectors: list[torch.Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+        #: Its norms and biases as they were, by their place among the parameters.
+        self._vectors: dict[int, torch.Tensor] = {}
         self._make: Callable[[], FusedCall]
         self._rotated = -1
 
@@ -197,17 +199,21 @@ class FusedEnd:
         """Remembers its layers as they are: what was seen of them holds as long as they stay so."""
         self._modules = list(modules)
         self._fingerprint = fingerprint(self._modules)
-        self._vectors = [vector.detach().clone() for vector in self._own_vectors()]
+        self._parameters = [parameter for module in modules for parameter in module.parameters()]
+        self._vectors = {
+            place: parameter.detach().clone()
+            for place, parameter in enumerate(self._parameters)
+            if parameter.ndim < 2
+        }
 
     def is_unchanged(self) -> bool:
         """Whether its layers are what they were. Matrices are read where they lie, and are not compared."""
         if fingerprint(self._modules) != self._fingerprint:
             return False
-        # Norms were copied. Changes of their `data` show nowhere else.
-        own = self._own_vectors()
-        return len(own) == len(self._vectors) and all(
-            one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-            for one, other in zip(self._vectors, own, strict=True)
+        # Norms were copied. Changes of their `data` show nowhere else. The parameters are the same ones by now.
+        return all(
+            one.dtype == own.dtype and one.device == own.device and torch.equal(one, own)
+            for one, own in ((one, self._parameters[place]) for place, one in self._vectors.items())
         )
 
     def build(self, library: ctypes.CDLL, stack: LayerStack) -> None:
@@ -219,7 +225,7 @@ class FusedEnd:
             raise OtherShape("they are handed no rotary embeddings")
         self._rotated = tables[0][0].shape[1]  # type: ignore[index]
         self._make = lambda: FusedCall(library, self._layers, stack.width, self._rotated, self._shape)
-        self.call, self._addresses = self._make(), _addresses(self._modules)
+        self.call, self._addresses = self._make(), self._places()
 
     def wrap(self, hidden: torch.Tensor) -> Any:
         """What a layer of this model returns for an output."""
@@ -232,20 +238,16 @@ class FusedEnd:
         rotary = _rotary(arguments, rows, tokens)
         if type(cache) is not DynamicCache:
             return None
-        if rotary is None or rotary[0].shape[1] != self._rotated or not _is_usual(hidden):
-            return None
-        if hidden.requires_grad and torch.is_grad_enabled():
+        if rotary is None or rotary[0].shape[1] != self._rotated or not is_plain_call(hidden):
             return None
         cache.layers += [DynamicLayer() for _ in range(self.indices[-1] + 1 - len(cache.layers))]
         layers = [cache.layers[index] for index in self.indices]
         past = layers[0].get_seq_length()
         if not (self._holds(layers, rows, past) and _is_full(context, rows, past + tokens)):
             return None
-        if active_captures() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if active_captures() or has_global_hooks() or not self.is_unchanged():
             return None
-        if has_global_hooks() or not self.is_unchanged():
-            return None
-        if (found := _addresses(self._modules)) != self._addresses and not self._follow(found):
+        if (found := self._places()) != self._addresses and not self._follow(found):
             return None
         if (call := self.call) is None:
             return None
@@ -278,9 +280,9 @@ class FusedEnd:
             self.call, self._addresses = self._make(), found
         return self.call is not None
 
-    def _own_vectors(self) -> list[torch.Tensor]:
-        parameters = (each for module in self._modules for each in module.parameters())
-        return [parameter for parameter in parameters if parameter.ndim < 2]
+    def _places(self) -> list[int]:
+        """Where its parameters lie."""
+        return [parameter.data_ptr() for parameter in self._parameters]
 
     def _holds(self, layers: Sequence[Any], rows: int, past: int) -> bool:
         """Whether cache layers are transformers' plain ones, with so many tokens in so many rows."""
@@ -370,11 +372,6 @@ def _rotary(arguments: Any, rows: int, tokens: int) -> tuple[torch.Tensor, torch
     """The one pair of cosines and sines among a layer's arguments; None if there is none, or several."""
     pairs = [pair for value in arguments if (pair := rotary_pair(value, rows, tokens)) is not None]
     return pairs[0] if len(pairs) == 1 else None
-
-
-def _addresses(modules: Sequence[nn.Module]) -> list[int]:
-    """Where the parameters of modules lie."""
-    return [parameter.data_ptr() for module in modules for parameter in module.parameters()]
 
 
 def _numbers(*bounds: int) -> torch.Tensor:

@@ -81,18 +81,24 @@ class OwnHead:
         return output
 
     def _takes(self, states: torch.Tensor) -> bool:
-        if states.dtype != torch.float32 or states.device.type != "cpu":
+        if not is_plain_call(states):
             return False
         rows = states.numel() // max(1, states.shape[-1])
         if not (0 < rows <= ROWS[-1] and states.shape[-1] == self._head.in_features and self._is_faster(rows)):
             return False
-        if (states.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
-            return False
-        return not torch.compiler.is_compiling() and fingerprint([self._head]) == self._fingerprint
+        return fingerprint([self._head]) == self._fingerprint
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Copies of the layer compute by themselves.
         return MethodType(type(self._head).forward, copy.deepcopy(self._head, memo))
+
+
+def is_plain_call(states: torch.Tensor) -> bool:
+    """Whether our own code can take such states here: float32 on the CPU, without gradients or autocast."""
+    if states.dtype != torch.float32 or states.device.type != "cpu":
+        return False
+    wants_gradient = states.requires_grad and torch.is_grad_enabled()
+    return not (wants_gradient or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 def _states(rows: int, width: int) -> torch.Tensor:
