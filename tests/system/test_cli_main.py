@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import types
@@ -70,6 +71,25 @@ def test_a_device_that_takes_no_more(
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(arguments) == 1
     assert capsys.readouterr().err == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(("stream", "said"), [("stdout", "error: no such thing\n"), ("stderr", "")])
+def test_an_error_and_a_device_that_takes_no_more(
+    command: AddCommand, stream: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command(failing(ConfigError("no such thing")))
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, stream, full)
+        assert cli.main(["go", "--json"]) == ConfigError.exit_code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert capsys.readouterr().err == said
+
+
+def test_a_path_that_the_system_refuses(command: AddCommand, capsys: Capture) -> None:
+    name = "x" * 300
+    command(lambda: print(Path(name).stat()))
+    assert cli.main(["go"]) == ConfigError.exit_code
+    assert capsys.readouterr().err == f"error: {name} cannot be used: File name too long\n"
 
 
 @pytest.mark.usefixtures("entries")

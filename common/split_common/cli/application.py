@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import functools
@@ -39,6 +40,9 @@ EXIT_UNEXPECTED = 70
 
 #: Errors of a disk, or of a device behind stdout, that takes no more.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+#: Errors by which the system refuses a path that it is asked about, whether something is there or not.
+REFUSED_PATH = {errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 
 #: Requirement to install, by the module that is missing. Other modules come with the package itself.
 EXTRAS = {"diffusers": "'lambda-split[diffusion]'", "PIL": "'lambda-split[diffusion]'"}
@@ -174,12 +178,7 @@ def _main(args: Sequence[str] | None) -> int:
         message = f"{exc.name or exc} is not installed, which this command needs: pip install {package}"
         return _fail("ModuleNotFoundError", message, ConfigError.exit_code, as_json)
     except Exception as exc:
-        if isinstance(exc, OSError) and exc.errno in FULL and exc.filename is None:
-            _drop_stdout()
-            return _fail("OSError", f"the output cannot be written: {exc.strerror}", SplitError.exit_code, as_json)
-        name = type(exc).__name__
-        message = f"unexpected {name}: {exc} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
-        return _fail(name, message, EXIT_UNEXPECTED, as_json)
+        return _fail_unexpected(exc, as_json)
     return code if isinstance(code, int) else 0
 
 
@@ -233,15 +232,29 @@ def _fail(name: str, message: str, code: int, as_json: bool) -> int:
         traceback.print_exc()
     # The message may contain text from a peer: line breaks and control codes for the terminal are removed.
     line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
-    print(f"error: {line}", file=sys.stderr)
+    # Neither stream may take it: its reader has left, or its device is full.
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr)
     if as_json:
         try:
             emit_json({"error": {"type": name, "message": line}})
-        except BrokenPipeError:
+        except OSError:
             _drop_stdout()
     return code
 
 
+def _fail_unexpected(error: Exception, as_json: bool) -> int:
+    """Reports the exception that is being handled, which nothing else expected; returns the exit code."""
+    name = type(error).__name__
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+        _drop_stdout()
+        return _fail("OSError", f"the output cannot be written: {error.strerror}", SplitError.exit_code, as_json)
+    if isinstance(error, OSError) and error.errno in REFUSED_PATH and error.filename is not None:
+        return _fail(name, f"{error.filename} cannot be used: {error.strerror}", ConfigError.exit_code, as_json)
+    message = f"unexpected {name}: {error} (run with LAMBDA_SPLIT_DEBUG=1 for the traceback)"
+    return _fail(name, message, EXIT_UNEXPECTED, as_json)
+
+
 def _drop_stdout() -> None:
-    """Redirects stdout, whose reader is gone, to avoid an error when the interpreter flushes it at exit."""
+    """Redirects stdout, which takes no more, to avoid an error when the interpreter flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
