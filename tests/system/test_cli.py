@@ -427,6 +427,14 @@ def test_a_checkpoint_without_a_tokenizer(run: Any, tmp_path: Path, address: str
     assert "cannot be loaded" in run("generate", "x", "--model", directory, "--broker", address).err
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\u2028"])
+def test_a_blank_key_of_a_server(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, blank: str) -> None:
+    monkeypatch.setenv("LAMBDA_SPLIT_API_KEY", blank)
+    done = run("serve", "--model", checkpoint, *NOBODY, "--port", 0)
+    said = "error: LAMBDA_SPLIT_API_KEY is blank: set a key, or unset it to serve without one\n"
+    assert (done.code, done.notes) == (2, said)
+
+
 def test_a_port_in_use(run: Any, address: str) -> None:
     done = run("broker", "--bind", address, "--json")
     assert done.code == 2

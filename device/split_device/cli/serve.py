@@ -37,6 +37,8 @@ from split_device.serving.hosts import check_host
 from split_device.serving.listener import HOST, SHUTDOWN_GRACE, listening, running_server
 from split_device.serving.media import media_directories
 
+_API_KEY = "LAMBDA_SPLIT_API_KEY"
+
 #: Options for images only.
 _IMAGE_OPTIONS = ("--cut", "--reuse", "--max-images")
 
@@ -77,7 +79,7 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            envvar="LAMBDA_SPLIT_API_KEY",
+            envvar=_API_KEY,
             metavar="KEY",
             help="Key that clients must send. May be repeated: any of the keys will do. Other users can see a "
             "command's options, so prefer LAMBDA_SPLIT_API_KEY, with spaces between several keys.",
@@ -123,6 +125,8 @@ def serve(
         raise ConfigError("serve needs more packages: pip install 'lambda-split[serve]'")
     if not all(re.fullmatch("[!-~]+", key) for key in api_key or ()):
         raise ConfigError("invalid API key: expected ASCII letters, digits and punctuation, without spaces")
+    if not api_key and os.environ.get(_API_KEY):
+        raise ConfigError(f"{_API_KEY} is blank: set a key, or unset it to serve without one")
     media = media_directories(allowed_local_media_path or ())
     hosts = [check_host(name) for name in allowed_host or ()]
     stop = catch_sigterm()
