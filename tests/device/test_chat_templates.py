@@ -17,7 +17,7 @@ from split_common.errors import ConfigError, UnknownModel
 from split_device import Device
 from split_device.cli.groups import TextModel
 from split_device.generation.chat_template import ChatTemplate, parse_template
-from split_device.generation.time_limit import time_limit
+from split_device.generation.time_limit import within
 from split_device.generation.tokenizing import encode_chat, encode_text, load_tokenizer
 from split_device.jobs.job import Message, ModelChoice, Task
 from split_device.serving.openai.requests import parse
@@ -88,19 +88,18 @@ def test_a_template_without_an_end_is_refused(tokenizer: Any, monkeypatch: pytes
         encode_chat(tokenizer, HELLO, template=ChatTemplate("{% for a in range(10**9) %}{% endfor %}"))
 
 
-def test_a_time_limit_ends_a_block_and_nothing_after_it() -> None:
+def test_a_time_limit_ends_a_call_and_nothing_after_it() -> None:
     with pytest.raises(TimeoutError):
-        _endless()
-    # Limits that end at any moment, before or after the block does.
+        within(0.05, _endless)
+    # Limits that end at any moment, before or after the call does.
     for step in range(200):
-        with contextlib.suppress(TimeoutError), time_limit(step * 1e-5):
-            _count(5000)
+        with contextlib.suppress(TimeoutError):
+            within(step * 1e-5, lambda: _count(5000))
         _count(2000)
-    with pytest.raises(KeyError), time_limit(60.0):
-        raise KeyError
+    with pytest.raises(KeyError):
+        within(60.0, lambda: dict[str, int]()[""])
 
 
-@time_limit(0.05)
 def _endless() -> None:
     while True:
         # What handles errors of its own cannot keep it from ending.

@@ -12,7 +12,7 @@ from split_common.errors import ConfigError, UnsupportedField
 from split_common.system.files import user_path
 from split_common.system.text import check_text, parse_json, read_text
 from split_device.generation.content_parts import rendered
-from split_device.generation.time_limit import time_limit
+from split_device.generation.time_limit import within
 
 _KWARGS = "--chat-template-kwargs"
 
@@ -153,8 +153,7 @@ class ChatTemplate(msgspec.Struct, frozen=True):
             return text
 
         try:
-            with time_limit(RENDER_SECONDS):
-                return rendered(render, messages)
+            return within(RENDER_SECONDS, lambda: rendered(render, messages))
         except Exception as error:
             # The template is a program in the checkpoint. Some refuse system messages, for example.
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from None

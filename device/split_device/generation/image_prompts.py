@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from split_common.errors import ConfigError, UnknownModel
 from split_device.generation.chat_template import RENDER_SECONDS, ChatTemplate
 from split_device.generation.shown_images import ShownImage
-from split_device.generation.time_limit import time_limit
+from split_device.generation.time_limit import within
 from split_device.generation.tokenizing import ChatMessage, check_messages
 from split_device.generation.tool_prompts import shown_tools, spelled_out
 from split_device.generation.tools import ToolUse
@@ -121,8 +121,7 @@ def _encoded(
     }
     try:
         # The text alone first: how long images take is no matter of the template.
-        with time_limit(RENDER_SECONDS):
-            processor.apply_chat_template(conversation, tokenize=False, **given)
+        within(RENDER_SECONDS, lambda: processor.apply_chat_template(conversation, tokenize=False, **given))
         inputs = processor.apply_chat_template(
             conversation, tokenize=True, return_dict=True, return_tensors="pt", **given
         )

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class _Late(BaseException):
     """Raised in a thread whose time is over. No `except Exception` on the way takes it for its own."""
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Ends a block on this thread that runs longer, between two instructions of Python.
+def within(seconds: float, call: Callable[[], _T]) -> _T:
+    """Makes a call on this thread, and ends it if it takes longer, between two instructions of Python.
+
+    It is a function, because the time may be over between a block and the end of its `with`.
 
     Args:
         seconds: of real time. One call into C is not interrupted.
 
     Raises:
-        TimeoutError: the block took longer.
+        TimeoutError: the call took longer.
     """
     thread, lock, running = threading.get_ident(), threading.Lock(), True
 
@@ -34,9 +37,9 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer.name, timer.daemon = "time-limit", True
     try:
         try:
-            # It may be over before the block begins.
+            # It may be over before the call begins.
             timer.start()
-            yield
+            return call()
         finally:
             timer.cancel()
             with lock:
