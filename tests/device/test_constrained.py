@@ -16,6 +16,7 @@ from fleet import joined, replaced, running_broker, split_model
 from grammar_walk import ConstraintProcessor
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.cli.answer_format import AnswerFormat
+from split_device.generation import checking, forced_tokens
 from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import ONE_ANSWER
@@ -96,9 +97,20 @@ def alone(model: Any, request: Request) -> list[int]:
 
 
 @pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("slow", [False, True], ids=["", "slow"])
 def test_the_tokens_are_those_of_the_unsplit_model(
-    sampling: bool, split: Any, unsplit: Any, grammars: Grammars, tokenizer: Any
+    slow: bool,
+    sampling: bool,
+    split: Any,
+    unsplit: Any,
+    grammars: Grammars,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if slow:
+        # Each turn has time for one constraint, and for a few tokens that are forced.
+        monkeypatch.setattr(checking, "PREPARE_SECONDS", 0.0)
+        monkeypatch.setattr(forced_tokens, "MAX_FORCED", 3)
     wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer, sampling)]
     with Generator(split) as generator:
         generations = [generator.submit(request) for request in asked(grammars, tokenizer, sampling)]
@@ -111,7 +123,9 @@ def test_the_tokens_are_those_of_the_unsplit_model(
     assert tokenizer.decode(wanted[4], skip_special_tokens=True) == "only"
 
 
-def test_what_is_forced_costs_no_trip(split: Any, grammars: Grammars, tokenizer: Any) -> None:
+def test_what_is_forced_costs_no_trip(
+    split: Any, grammars: Grammars, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Generator(split, speculate="off") as generator:
 
         def ask(structured: StructuredOutputs, **fields: Any) -> tuple[int, int]:
@@ -128,6 +142,10 @@ def test_what_is_forced_costs_no_trip(split: Any, grammars: Grammars, tokenizer:
         # The first step has the beginning of both texts, the choice is made once, and the rest follows from it.
         assert ask(StructuredOutputs(choice=("which of it: this", "which of it: that"))) == (18, 1)
         assert ask(StructuredOutputs(choice=("only",))) == (5, 0)
+        with monkeypatch.context() as patch:
+            # A long text leaves the others their turns, and is the same.
+            patch.setattr(forced_tokens, "MAX_FORCED", 4)
+            assert ask(StructuredOutputs(choice=("only",))) == (5, 1)
         # Log probabilities are made of logits, for which each token has to go through the model.
         assert ask(StructuredOutputs(choice=("only",)), logprobs=2) == (5, 5)
 

@@ -11,6 +11,7 @@ the distribution of tokens. Comparing with what the request's own random generat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ from split_device.generation.local_layers import LocalLayers
 
 #: Most float32 logits that are computed at once, unless they are of one request: 128 MiB.
 MAX_LOGITS = 2**25
+
+#: Seconds of CPU time after which no further constraint is looked at before tokens are chosen.
+PREPARE_SECONDS = 0.05
 
 #: A request, and outputs of the tail `[1 + draft, width]`: that of which its next token is chosen, and those of its
 #: draft.
@@ -85,6 +89,25 @@ class Checked:
             if follows and drafts[each] == token:
                 return each
         return None
+
+
+def prepare(ready: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
+    """Finds out what constraints allow next, as far as there is time.
+
+    Returns:
+        Requests whose next tokens can be chosen, at least one, and those that wait, so that many slow grammars do
+        not hold up the others.
+    """
+    prepared: list[Ready] = []
+    waiting: list[Ready] = []
+    until, late = time.thread_time() + PREPARE_SECONDS, False
+    for request, states in ready:
+        if late and request.generation.request.constraint is not None:
+            waiting.append((request, states))
+            continue
+        prepared.append((request, states))
+        late |= request.sampler.prepare() and time.thread_time() >= until
+    return prepared, waiting
 
 
 def check_drafts(layers: LocalLayers, ready: Sequence[Ready]) -> Iterator[Checked]:

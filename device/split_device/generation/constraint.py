@@ -42,7 +42,8 @@ class GrammarConstraint:
         self._vocabulary = vocabulary
         self._ends = ends
         self._bits = torch.zeros((vocabulary + 31) // 32, dtype=torch.int32)
-        self._forced: int | None = None
+        #: The next tokens, if the grammar leaves only one text; empty if that is not known yet.
+        self._forced: list[int] = []
         self._looked = False
         #: Whether the text is complete, its end token included.
         self.finished = False
@@ -51,7 +52,7 @@ class GrammarConstraint:
         """The only token that may come next; None if there are several."""
         if not self._looked:
             self._looked, self._forced = True, self._look()
-        return self._forced
+        return self._forced[0] if self._forced else None
 
     def mask(self) -> torch.Tensor:
         """Which tokens may come next, bool `[vocabulary]`, at least one.
@@ -86,14 +87,16 @@ class GrammarConstraint:
                 self._check()
             raise ConfigError(f"structured outputs: token {token} does not fit the grammar")
         self._check()
-        self._looked = False
+        # A text of many tokens is looked for once: to look for the rest of it after each would take quadratic time.
+        self._forced = self._forced[1:] if self._forced[:1] == [token] else []
+        self._looked = bool(self._forced)
 
-    def _look(self) -> int | None:
+    def _look(self) -> list[int]:
         self._check()
         if self._matcher.is_stopped():
-            return self._ends[0]
+            return [self._ends[0]]
         found = self._matcher.compute_ff_tokens()
-        return found[0] if found and self._matcher.validate_tokens(found[:1]) == 1 else None
+        return found[: self._matcher.validate_tokens(found)] if found else []
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -118,6 +121,13 @@ class Grammars:
         self._lock, self._preparing = threading.Lock(), threading.Lock()
         self._compiling = ThreadPoolExecutor(COMPILING, "grammars")
         self._kept: OrderedDict[Source, Future[LLMatcher]] = OrderedDict()
+
+    def prepare(self) -> Future[LLTokenizer]:
+        """Begins to make what all grammars need, which takes a second or more of a large vocabulary.
+
+        The future raises UnsupportedFeature if the model has no end token.
+        """
+        return self._compiling.submit(self._tokenizer_for_grammars)
 
     def compile(self, structured: StructuredOutputs) -> Future[LLMatcher]:
         """Begins to compile a grammar, unless it is kept from before.
@@ -149,12 +159,15 @@ class Grammars:
 
     def _compiled(self, structured: StructuredOutputs) -> LLMatcher:
         grammar = grammar_of(structured)
-        with self._preparing:
-            prepared = self._prepared
+        prepared = self._tokenizer_for_grammars()
         matcher = LLMatcher(prepared, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise ConfigError(f"structured outputs: {' '.join(matcher.get_error().split())}")
         return matcher
+
+    def _tokenizer_for_grammars(self) -> LLTokenizer:
+        with self._preparing:
+            return self._prepared
 
     @cached_property
     def _prepared(self) -> LLTokenizer:

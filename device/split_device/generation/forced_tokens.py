@@ -7,6 +7,10 @@ from collections import Counter
 from split_device.generation.request import FinishReason, Generation, Logprobs
 from split_device.generation.sampling import Sampler
 
+#: Most tokens that are forced in a row. Those behind them come in the next step, so that a grammar of one long text
+#: holds up no other request.
+MAX_FORCED = 64
+
 
 def accept_token(
     sampler: Sampler, generation: Generation, token: int, logprobs: Logprobs | None = None
@@ -43,8 +47,11 @@ def accept_first(
 
 
 def _accept_forced(sampler: Sampler, generation: Generation) -> list[int]:
+    """The tokens that the constraint forces now, which are then in the text: at most `MAX_FORCED`."""
     forced: list[int] = []
-    while sampler.finish_reason(generation.tokens) is None and (token := sampler.take_forced()) is not None:
+    while len(forced) < MAX_FORCED and sampler.finish_reason(generation.tokens) is None:
+        if (token := sampler.take_forced()) is None:
+            break
         sampler.accept(token)
         generation.add(token, None, sampler.state)
         forced.append(token)

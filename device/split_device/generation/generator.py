@@ -22,7 +22,7 @@ from split_common.system.forks import Birthplace
 from split_device.generation.active import ActiveRequest, LegOutput, Outcome, OutputPart
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission, Admitted
-from split_device.generation.checking import Checked, check_drafts
+from split_device.generation.checking import Checked, check_drafts, prepare
 from split_device.generation.drafting import Drafting
 from split_device.generation.embedding import embed_next
 from split_device.generation.first_tokens import FirstTokens, is_delayed
@@ -201,7 +201,7 @@ class Generator:
         """Makes the calls in the inbox. Waits for one if there is nothing to compute, and for imminent replies."""
         urgent = self._first_tokens.urgent(self._now)
         can_enter = any(not is_delayed(request, urgent, self._now) for request, _ in self._arrived)
-        idle = self._head.idle and self._tail.idle and self._scorer.idle and not can_enter
+        idle = self._head.idle and self._tail.idle and self._scorer.idle and not (can_enter or self._ready)
         if idle and not (self._at_workers and self._inbox.empty and self._drafting.read()):
             times = self._first_tokens.delay_ends(request for request, _ in (*self._outgoing, *self._arrived))
             times += self._admission.pause_ends
@@ -245,7 +245,7 @@ class Generator:
 
     def _sample(self) -> None:
         """Chooses the next tokens of requests whose steps are through."""
-        ready, self._ready = [each for each in self._ready if not each[0].ended], []
+        ready, self._ready = prepare([each for each in self._ready if not each[0].ended])
         going: list[tuple[ActiveRequest, list[int]]] = []
         self._drafting.choosing()
         for checked in check_drafts(self._layers, ready):

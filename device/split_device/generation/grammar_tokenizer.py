@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
+import msgspec
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from split_common.errors import UnsupportedFeature
@@ -96,7 +96,9 @@ def _backend(tokenizer: Any) -> str | None:
 
 def _without_added(text: str) -> str:
     """A tokenizer, in JSON, that makes ordinary tokens of how special tokens are written."""
-    return json.dumps({**json.loads(text), "added_tokens": []})
+    # Millions of entries, which are not decoded.
+    parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    return msgspec.json.encode({**parts, "added_tokens": []}).decode()
 
 
 def _token_bytes(tokenizer: Any, count: int, special: set[int]) -> list[bytes]:

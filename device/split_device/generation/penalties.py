@@ -33,12 +33,27 @@ class ConstraintMask(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, constraint: Constraint) -> None:
         self.constraint = constraint
+        self._prepared: tuple[int | None, torch.Tensor | None] | Exception | None = None
+
+    def prepare(self) -> None:
+        """Finds out what may come next, which takes a grammar up to some 10 ms. The next call then takes none."""
+        try:
+            self._prepared = self._look()
+        except Exception as error:
+            self._prepared = error
+
+    def _look(self) -> tuple[int | None, torch.Tensor | None]:
+        token = self.constraint.forced()
+        return token, self.constraint.mask() if token is None else None
 
     def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if (token := self.constraint.forced()) is not None:
+        prepared, self._prepared = self._prepared, None
+        if isinstance(prepared, Exception):
+            raise prepared
+        token, mask = prepared or self._look()
+        if token is not None:
             # Whatever other processors say of it.
             scores = torch.full_like(scores, -torch.inf)
             scores[:, token] = 0.0
             return scores
-        mask = self.constraint.mask()
         return scores if mask is None else scores.masked_fill(~mask.to(scores.device), -torch.inf)

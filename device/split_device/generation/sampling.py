@@ -156,6 +156,13 @@ class Sampler:
             if not (type(processor) in _AT_LEAST and self._length >= self._least)
         ]
 
+    def prepare(self) -> bool:
+        """Finds out what the constraint allows next. Returns whether there is one."""
+        masks = [processor for processor in self._processors if isinstance(processor, ConstraintMask)]
+        for mask in masks:
+            mask.prepare()
+        return bool(masks)
+
     @property
     def ids(self) -> torch.Tensor:
         """Prompt and text so far, int64 `[1, tokens]`."""
