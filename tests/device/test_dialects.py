@@ -88,6 +88,9 @@ def test_a_whole_message(client: httpx2.Client, unsplit: Unsplit) -> None:
     stopped = ask(client, system=system, stop_sequences=["made up", expected[4:6]]).json()
     assert stopped["content"] == [{"type": "text", "text": expected[: expected.index(expected[4:6])]}]
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", expected[4:6])
+    many = ask(client, stop_sequences=["x"] * 1025)
+    assert (many.status_code, many.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert many.json()["error"]["message"] == "stop_sequences has 1025 entries: at most 1024 are taken"
 
 
 def test_blocks_and_turns(client: httpx2.Client, unsplit: Unsplit) -> None:

@@ -15,7 +15,7 @@ from split_device.batches.pictures import file_names
 from split_device.batches.settings import BatchSettings
 from split_device.batches.source import RawLine, Source
 from split_device.batches.template import UnknownField
-from split_device.generation.settings import Sampling
+from split_device.generation.settings import Sampling, check_stop
 from split_device.images.settings import ImageSettings, check_size, check_start, parse_pixels
 from split_device.jobs.job import AnyTask, ImageTask, Message, Task
 from split_device.serving.fields import ApiError, convert, present
@@ -202,7 +202,7 @@ class Prompts:
             model=settings.models.text,
             prompt=prompt,
             sampling=_merged(settings.sampling, own),
-            stop=stop,
+            stop=check_stop(stop),
             chat_template=settings.chat_template.with_kwargs(own.chat_template_kwargs).unless_default(),
             structured=settings.structured or msgspec.UNSET,
         )

@@ -125,8 +125,11 @@ _NUMBERS = ("max_tokens", *_CHOSEN, "seed", *_ADJUSTED, "min_tokens")
 #: Fields that are stored also where they are None, as they always were.
 _STORED = (*_CHOSEN, "seed")
 
-#: Most entries of a `logit_bias`, of `bad_words` and of `stop_token_ids`: each costs time at every token.
+#: Most entries of a `logit_bias`, `bad_words`, `stop_token_ids` and stop texts: each costs time at every token.
 MAX_ENTRIES = 1024
+
+#: Most characters of all `bad_words` together: the tokens of each are looked at when a request begins.
+MAX_BAD_WORDS = 64 * 1024
 
 #: Most log probabilities that are told of the prompts of one request: each takes some 600 bytes until it is sent.
 MAX_PROMPT_LOGPROBS = 2**19
@@ -187,6 +190,8 @@ class Sampling:
             copy = dataclasses.replace(copy, stop_token_ids=ids or None)
         if self.bad_words is not None:
             words = _entries("bad_words", self.bad_words)
+            if (length := sum(len(word) for word in words if isinstance(word, str))) > MAX_BAD_WORDS:
+                raise ConfigError(f"bad_words have {length:,} characters: at most {MAX_BAD_WORDS:,} are taken")
             for word in words:
                 if not isinstance(word, str) or not word:
                     raise ConfigError(f"invalid bad_words {word!r}: expected texts that are not empty")
@@ -289,6 +294,11 @@ def _entries(name: str, given: Any) -> tuple[Any, ...]:
     if len(given) > MAX_ENTRIES:
         raise ConfigError(f"{name} has {len(given)} entries: at most {MAX_ENTRIES} are taken")
     return tuple(given)
+
+
+def check_stop(texts: Sequence[str], name: str = "stop") -> tuple[str, ...]:
+    """Texts at which an answer ends. Raises ConfigError for more than `MAX_ENTRIES`."""
+    return _entries(name, tuple(texts))
 
 
 def check_bias(given: Any) -> dict[int, float] | None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeVar
 
 from starlette.datastructures import Headers
@@ -46,6 +46,11 @@ _UNROUTED = {404: "there is no {path} here", 405: "{path} does not answer {metho
 #: Where the scope of a request keeps its id.
 REQUEST_ID = "lambda_split.request_id"
 
+#: How many values without values of their own are written as JSON at once; and down to which depth JSON is divided,
+#: which is that of the tokens in an answer with log probabilities.
+PIECE = 4096
+PIECES_DEPTH = 5
+
 #: Answers a request.
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -54,7 +59,31 @@ _T = TypeVar("_T")
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A response of JSON, which is on one line for any reader of lines."""
-    return Response(json_line(content), status, headers, "application/json")
+    return Response("".join(json_pieces(content)), status, headers, "application/json")
+
+
+def json_pieces(content: object, depth: int = PIECES_DEPTH) -> Iterator[str]:
+    """JSON on one line, in pieces. No other thread runs while one is written, so that none is large.
+
+    Args:
+        depth: down to which depth objects and arrays are divided.
+    """
+    if not depth or not isinstance(content, dict | list) or not content:
+        yield json_line(content)
+    elif isinstance(content, dict):
+        for index, (name, value) in enumerate(content.items()):
+            yield f"{', ' if index else '{'}{json_line({name: 0})[1:-2]}"
+            yield from json_pieces(value, depth - 1)
+        yield "}"
+    elif any(isinstance(each, dict | list) for each in content):
+        for index, value in enumerate(content):
+            yield ", " if index else "["
+            yield from json_pieces(value, depth - 1)
+        yield "]"
+    else:
+        for index in range(0, len(content), PIECE):
+            yield f"{', ' if index else '['}{json_line(content[index : index + PIECE])[1:-1]}"
+        yield "]"
 
 
 async def read_json(request: Request, timeout: float = BODY_TIMEOUT) -> object:

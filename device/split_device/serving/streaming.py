@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from split_device.generation.answers import AnswerStream
 from split_device.generation.generator import Generation, Logprobs
 from split_device.generation.token_logprobs import LogprobsWriter, TokenLogprobs, prompt_logprobs
 from split_device.generation.tool_calls import AnswerPiece
@@ -28,15 +30,12 @@ class Notice:
 
 
 class ChoiceStream:
-    """One choice of a response. Create and use it within an event loop.
+    """One choice of a response. Create and use it within an event loop; `start` comes first, on any thread.
 
     Args:
         prompt: the token ids of the task's prompt.
         request_id, index: the id of the request, and which of its choices this is.
         adapter: the name of an adapter; "" for none.
-
-    Raises:
-        ConfigError: a setting is refused.
     """
 
     def __init__(
@@ -48,27 +47,44 @@ class ChoiceStream:
         index: int = 0,
         adapter: str = "",
     ) -> None:
-        self._tokenizer, self._prompt_text = loaded.tokenizer, task.prompt
+        self._loaded, self._task, self._prompt = loaded, task, prompt
+        self._request_id, self._index, self._adapter = request_id, index, adapter
         self._logprobs = LogprobsWriter(loaded.tokenizer)
         self._wants_logprobs = isinstance(task.logprobs, int)
-        name = None if request_id is None else f"{request_id}/{index}"
-        self._answer = loaded.answer(task, prompt, name)
         self._events: asyncio.Queue[tuple[int, Logprobs | None] | Notice | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
+        self.prompt_tokens = len(prompt)
+        self._answer: AnswerStream
+        self._generation: Generation
+        # Held while the generation begins or is cancelled.
+        self._lock, self._begun, self._cancelled = threading.Lock(), False, False
 
-        def put(event: tuple[int, Logprobs | None] | Notice | None) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
+    def start(self) -> None:
+        """Begins the generation, unless it was cancelled. Many entries of a request's fields take a while.
 
+        Raises:
+            ConfigError: a setting is refused.
+        """
+        loaded, task, prompt = self._loaded, self._task, self._prompt
+        name = None if self._request_id is None else f"{self._request_id}/{self._index}"
+        self._answer = loaded.answer(task, prompt, name)
         request = dataclasses.replace(
             loaded.request(task, _NO_PROGRESS, PRIORITY, prompt),
-            request_id=request_id,
-            index=index,
-            adapter=adapter,
+            request_id=self._request_id,
+            index=self._index,
+            adapter=self._adapter,
         )
-        self.prompt_tokens = len(request.prompt)
-        self._generation: Generation = loaded.generator.submit(
-            request, lambda token, found, _sampler: put((token, found)), lambda text: put(Notice(text))
-        )
+
+        def put(event: tuple[int, Logprobs | None] | Notice | None) -> None:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        with self._lock:
+            if self._cancelled:
+                return
+            self._generation = loaded.generator.submit(
+                request, lambda token, found, _sampler: put((token, found)), lambda text: put(Notice(text))
+            )
+            self._begun = True
         self._generation.future.add_done_callback(lambda _future: put(None))
 
     @property
@@ -84,19 +100,22 @@ class ChoiceStream:
     def prompt_piece(self) -> Choice:
         """The prompt as a piece before the first one, which has come; of a conversation without its text."""
         request = self._generation.request
-        text = self._prompt_text
+        tokenizer, text = self._loaded.tokenizer, self._task.prompt
         if not text:
-            text = self._tokenizer.decode(request.prompt, skip_special_tokens=True)
+            text = tokenizer.decode(request.prompt, skip_special_tokens=True)
         elif not isinstance(text, str):
             text = ""
         if request.prompt_logprobs is None:
             return Choice(str(text), 0, None)
-        logprobs = prompt_logprobs(self._tokenizer, request.prompt, self._generation.prompt_logprobs)
+        logprobs = prompt_logprobs(tokenizer, request.prompt, self._generation.prompt_logprobs)
         return Choice(str(text), 0, None, logprobs)
 
     def cancel(self) -> None:
-        """Cancels the generation and frees its memory, here and on the worker."""
-        if not self._generation.done:
+        """Cancels the generation and frees its memory, here and on the worker. It may not have begun."""
+        with self._lock:
+            self._cancelled = True
+            begun = self._begun
+        if begun and not self._generation.done:
             self._generation.cancel()
 
     async def pieces(self) -> AsyncIterator[Choice | Notice]:

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from split_device.generation.settings import Sampling
 from split_device.jobs.job import ModelChoice, Task
 from split_device.jobs.message_images import has_images
 from split_device.jobs.models import Loaded
+from split_device.serving.answering import Answer
 from split_device.serving.fields import ApiError, check_model
 from split_device.serving.http import parse_body, read_body
 from split_device.serving.media import with_local_files
@@ -77,8 +78,10 @@ class TextModel:
         self._encoding, self._long = (ThreadPoolExecutor(1, name) for name in ("encoding", "encoding-long"))
         #: For large bodies, and answers. More threads would not be faster: Python runs one at a time.
         self._large = ThreadPoolExecutor(1, "large-bodies")
-        # The first request with a schema, too, finds a process that has started.
+        # The first request with a schema, too, finds a process that has started, and does not stop the others while
+        # the vocabulary is read.
         COMPILERS.prepare()
+        loaded.grammars.prepare()
 
     @property
     def names(self) -> list[str]:
@@ -126,15 +129,19 @@ class TextModel:
 
         Raises what `Loaded.encode`, `with_local_files` and the future of `Grammars.compile` raise.
         """
-        structured = self.loaded.structured(task)
-        if structured is not None:
+        size = prompt_size(task)
+        compiled = await self.aside(size, self._compiled, task)
+        if compiled is not None:
             try:
-                await asyncio.wrap_future(self.loaded.grammars.compile(structured))
+                await asyncio.wrap_future(compiled)
             except UnsupportedFeature as error:
                 raise ApiError(str(error), code="unsupported_parameter") from None
-        return await self.beside(
-            lambda loaded: loaded.encode(with_local_files(task, self._media)), prompt_size(task)
-        )
+        return await self.beside(lambda loaded: loaded.encode(with_local_files(task, self._media)), size)
+
+    def _compiled(self, task: Task) -> Future[Any] | None:
+        """The grammar of what a task's answer has to look like; None for any text."""
+        structured = self.loaded.structured(task)
+        return None if structured is None else self.loaded.grammars.compile(structured)
 
     async def parsed(self, request: Request, parse: Callable[[object], _T]) -> _T:
         """What a parser makes of the body of a request. A large one takes seconds, in which other requests go on.
@@ -182,9 +189,16 @@ class TextModel:
         """The model with a copy of the tokenizer, made when the first long prompt comes."""
         return dataclasses.replace(self.loaded, tokenizer=copy.deepcopy(self.loaded.tokenizer))
 
-    def stream(self, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
-        """Starts a choice of an answer; arguments are those of `ChoiceStream`."""
-        return ChoiceStream(self.loaded, task, prompt, **options)
+    async def begin(self, answer: Answer, task: Task, prompt: list[int], **options: Any) -> ChoiceStream:
+        """Begins another choice of an answer, while other requests go on.
+
+        Further arguments and errors are those of `ChoiceStream`.
+        """
+        stream = ChoiceStream(self.loaded, task, prompt, **options)
+        # Before it starts: if the client leaves meanwhile, it ends with the answer.
+        answer.streams.append(stream)
+        await self.aside(0, stream.start)
+        return stream
 
 
 def prompt_size(task: Task) -> int:

@@ -15,7 +15,7 @@ from msgspec import UNSET, structs
 from split_common.errors import ConfigError
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.grammar import grammar_of
-from split_device.generation.settings import Sampling, within_bounds
+from split_device.generation.settings import Sampling, check_stop, within_bounds
 from split_device.generation.structured import StructuredOutputs
 from split_device.images.settings import ImageSettings, check_size, pipeline_directory
 from split_device.jobs.agent import running_agent
@@ -169,7 +169,7 @@ class Device(SubmitsMany[str]):
             model=self._model,
             prompt=told,
             sampling=sampling,
-            stop=tuple(stop),
+            stop=check_stop(stop),
             chat_template=template.unless_default(),
             structured=structured or UNSET,
         )

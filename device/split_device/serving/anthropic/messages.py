@@ -35,7 +35,7 @@ class Messages:
         prompt = await self._model.encode(query.task)
         id_ = request_id(request)
         with Answer(request) as answer:
-            answer.streams.append(self._model.stream(query.task, prompt, request_id=id_, adapter=adapter))
+            await self._model.begin(answer, query.task, prompt, request_id=id_, adapter=adapter)
             if query.stream:
                 return answer.events(_events(query, answer, id_))
             (choice,) = await answer.whole()

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from split_device.generation.settings import Sampling
+from split_common.errors import ConfigError
+from split_device.generation.settings import Sampling, check_stop
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.tools import NamedTool, Tool, ToolChoice, ToolUse
 from split_device.jobs.job import Task
@@ -113,7 +114,11 @@ def parse_message(body: object, model: TextModel) -> MessageQuery:
     found = convert(supported(body, IGNORED, NEUTRAL), _Body)
     query = _query(found, model)
     sampling = Sampling(found.max_tokens, found.temperature, found.top_p, found.top_k).filled(model.defaults)
-    task = msgspec.structs.replace(query.task, sampling=sampling, stop=tuple(filter(None, found.stop_sequences)))
+    try:
+        stop = check_stop(tuple(filter(None, found.stop_sequences)), "stop_sequences")
+    except ConfigError as error:
+        raise ApiError(str(error), param="stop_sequences") from None
+    task = msgspec.structs.replace(query.task, sampling=sampling, stop=stop)
     return MessageQuery(query.model, task, found.stream)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -20,6 +21,10 @@ from split_device.serving.openai.whole import completion
 from split_device.serving.request_ids import request_id
 from split_device.serving.streaming import Notice
 from split_device.serving.text_model import TextModel
+
+#: About how many bytes a token's text has in JSON, and a log probability.
+TOKEN_BYTES = 8
+LOGPROB_BYTES = 80
 
 
 class Completions:
@@ -45,11 +50,14 @@ class Completions:
         with Answer(request) as answer:
             await self._begin(query, answer, header.request_id)
             if query.stream:
-                return answer.events(_events(query, answer, header))
+                return answer.events(self._events(query, answer, header))
             choices = await answer.whole()
         usage = _usage(query, answer, sum(choice.tokens for choice in choices))
         prompts = [stream.prompt_piece for stream in answer.streams]
-        return json_response(completion(header, query.form, usage, choices, prompts))
+        return await model.aside(
+            _size(query, answer, usage.completion),
+            lambda: json_response(completion(header, query.form, usage, choices, prompts)),
+        )
 
     async def _begin(self, query: CompletionQuery, answer: Answer, id_: str) -> None:
         """Starts the choices.
@@ -67,7 +75,43 @@ class Completions:
                 asked = [most for most in told if isinstance(most, int)]
                 scored += len(asked) * len(prompt)
                 check_prompt_logprobs(scored, max(asked, default=0))
-            answer.streams.append(self._model.stream(task, prompt, request_id=id_, index=index, adapter=adapter))
+            await self._model.begin(answer, task, prompt, request_id=id_, index=index, adapter=adapter)
+
+    async def _events(self, query: CompletionQuery, answer: Answer, header: Header) -> AsyncIterator[str]:
+        """Server-sent events of all choices, in order of arrival."""
+        tokens = 0
+        begun: set[int] = set()
+        echo, alone = query.form.echo, query.form.prompt_alone
+        texts = [
+            TextChoice(index, stream.prompt_piece if echo else None, prompt_alone=alone)
+            for index, stream in enumerate(answer.streams)
+        ]
+        try:
+            async for index, piece in answer.pieces():
+                if isinstance(piece, Notice):
+                    yield comment(piece)
+                    continue
+                tokens += piece.tokens
+                first = index not in begun
+                begun.add(index)
+                written = functools.partial(texts[index].fields, piece)
+                if query.form.kind == "chat":
+                    written = functools.partial(chat_piece, index, piece, first)
+                if first and echo:
+                    # What is told of a prompt may be much.
+                    fields = await self._model.aside(_size(query, answer, piece.tokens), written)
+                else:
+                    fields = written()
+                written_chunk = chunk(header, fields)
+                if query.usage_in == "all":
+                    written_chunk["usage"] = _usage(query, answer, tokens).fields()
+                yield event(written_chunk)
+        except Exception as error:
+            yield event({"error": api_error(error).fields()})
+            return
+        if query.usage_in != "none":
+            yield event(usage_chunk(header, _usage(query, answer, tokens)))
+        yield "data: [DONE]\n\n"
 
 
 def _usage(query: CompletionQuery, answer: Answer, tokens: int) -> Usage:
@@ -80,32 +124,10 @@ def _usage(query: CompletionQuery, answer: Answer, tokens: int) -> Usage:
     )
 
 
-async def _events(query: CompletionQuery, answer: Answer, header: Header) -> AsyncIterator[str]:
-    """Server-sent events of all choices, in order of arrival."""
-    tokens = 0
-    begun: set[int] = set()
-    texts = [
-        TextChoice(index, stream.prompt_piece if query.form.echo else None, prompt_alone=query.form.prompt_alone)
-        for index, stream in enumerate(answer.streams)
-    ]
-    try:
-        async for index, piece in answer.pieces():
-            if isinstance(piece, Notice):
-                yield comment(piece)
-                continue
-            tokens += piece.tokens
-            if query.form.kind == "text":
-                written = texts[index].fields(piece)
-            else:
-                written = chat_piece(index, piece, index not in begun)
-            begun.add(index)
-            written_chunk = chunk(header, written)
-            if query.usage_in == "all":
-                written_chunk["usage"] = _usage(query, answer, tokens).fields()
-            yield event(written_chunk)
-    except Exception as error:
-        yield event({"error": api_error(error).fields()})
-        return
-    if query.usage_in != "none":
-        yield event(usage_chunk(header, _usage(query, answer, tokens)))
-    yield "data: [DONE]\n\n"
+def _size(query: CompletionQuery, answer: Answer, tokens: int) -> int:
+    """About how many bytes an answer of so many tokens has, with what is told of its prompts."""
+    told = [(stream.prompt_tokens, query.form.prompt_logprobs) for stream in answer.streams]
+    told.append((tokens, query.form.logprobs))
+    if query.form.echo:
+        told += [(stream.prompt_tokens, query.form.logprobs) for stream in answer.streams]
+    return sum(count * TOKEN_BYTES if most is None else count * LOGPROB_BYTES * (most + 1) for count, most in told)

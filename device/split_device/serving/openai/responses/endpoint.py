@@ -62,17 +62,17 @@ class Responses:
         id_ = request_id(request)
         unique = await self._unique(asked, id_)
         with Answer(request) as answer:
-            stream = self._model.stream(task, prompt, request_id=id_, adapter=adapter)
-            answer.streams.append(stream)
+            stream = await self._model.begin(answer, task, prompt, request_id=id_, adapter=adapter)
             writer = ResponseWriter(
                 unique, int(time.time()), asked.echoed, asked.names, len(prompt), lambda: stream.cached_tokens
             )
             if query.stream:
                 return answer.events(self._events(asked, answer, writer))
             (choice,) = await answer.whole()
-        response = writer.response(whole(choice))
+        size = ITEM_BYTES * choice.tokens * ((task.logprobs or 0) + 1)
+        response = await self._model.aside(size, lambda: writer.response(whole(choice)))
         await self._keep(asked, response)
-        return json_response(response)
+        return await self._model.aside(size, json_response, response)
 
     async def _unique(self, asked: ResponseRequest, id_: str) -> str:
         """What ids of a response have in common: the id of the request, unless a response has it that is kept."""

@@ -1,0 +1,204 @@
+"""What requests cost that ask for much: counted, so that no test depends on how fast the machine is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import tiny
+from split_common.errors import ConfigError
+from split_common.system.text import json_line
+from split_device.generation import checking, constraint
+from split_device.generation.answers import AnswerStream
+from split_device.generation.constraint import Grammars
+from split_device.generation.settings import MAX_BAD_WORDS, MAX_ENTRIES, Sampling, check_stop
+from split_device.generation.structured import StructuredOutputs
+from split_device.generation.time_limit import within
+from split_device.jobs.job import ModelChoice, Task
+from split_device.serving.answering import Answer
+from split_device.serving.http import PIECE, json_pieces
+from split_device.serving.text_model import TextModel
+from wiretap import LATE
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(checkpoint)
+
+
+class Counted:
+    """Counts the calls of an object's methods, by their names."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.calls: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return getattr(self._inner, name)
+
+
+def test_a_long_text_that_is_forced_is_looked_for_once(tokenizer: Any) -> None:
+    grammars = Grammars(tokenizer, tiny.VOCABULARY, {tokenizer.eos_token_id})
+    text = "made of many words " * 20
+    walked = grammars.constraint(StructuredOutputs(choice=(text,)))
+    counted: Any = Counted(walked._matcher)
+    walked._matcher = counted
+    tokens = []
+    while not walked.finished:
+        token = walked.forced()
+        assert token is not None
+        tokens.append(token)
+        walked.accept(token)
+    assert tokens == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert counted.calls["consume_token"] == len(text)
+    assert counted.calls["compute_ff_tokens"] <= 2
+
+
+def test_what_grammars_need_is_made_once_and_ahead(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = constraint.grammar_tokenizer
+
+    def noted(*given: Any) -> Any:
+        made.append(1)
+        return make(*given)
+
+    monkeypatch.setattr(constraint, "grammar_tokenizer", noted)
+    grammars = Grammars(tokenizer, tiny.VOCABULARY, {tokenizer.eos_token_id})
+    grammars.prepare().result(LATE)
+    assert made == [1]
+    for choice in ("a", "b"):
+        assert grammars.constraint(StructuredOutputs(choice=(choice,))).forced() is not None
+    assert made == [1]
+
+
+def test_many_slow_grammars_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each takes, a turn looks at one, and those behind it come first in the next."""
+    monkeypatch.setattr(checking, "PREPARE_SECONDS", 0.0)
+    looked: list[int] = []
+
+    def ready(number: int, constrained: bool) -> Any:
+        def prepare() -> bool:
+            looked.append(number)
+            return constrained
+
+        request = SimpleNamespace(constraint=object() if constrained else None)
+        return (
+            SimpleNamespace(
+                number=number,
+                generation=SimpleNamespace(request=request),
+                sampler=SimpleNamespace(prepare=prepare),
+            ),
+            torch.zeros(1, 1),
+        )
+
+    def numbers(found: Any) -> list[int]:
+        return [request.number for request, _ in found]
+
+    first, waiting = checking.prepare([ready(number, number < 3) for number in range(5)])
+    assert (numbers(first), numbers(waiting)) == ([0, 3, 4], [1, 2])
+    second, waiting = checking.prepare([*waiting, ready(5, False), ready(0, True)])
+    assert (numbers(second), numbers(waiting)) == ([1, 5], [2, 0])
+    assert looked == [0, 3, 4, 1, 5]
+
+
+def test_lists_that_cost_time_at_every_token_have_an_end() -> None:
+    assert check_stop(["a"] * MAX_ENTRIES) == ("a",) * MAX_ENTRIES
+    with pytest.raises(ConfigError, match="stop_sequences has 1025 entries: at most 1024 are taken"):
+        check_stop(["a"] * (MAX_ENTRIES + 1), "stop_sequences")
+    assert Sampling(bad_words=("a" * MAX_BAD_WORDS,)).checked().bad_words
+    with pytest.raises(ConfigError, match="bad_words have 65,540 characters: at most 65,536 are taken"):
+        Sampling(bad_words=("word " * 13107, "words")).checked()
+
+
+class Watched:
+    """A model that is loaded, and notes on which threads it works."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.model = SimpleNamespace(split_parts=SimpleNamespace(adapters=SimpleNamespace(names=[])))
+        self.generator = self
+        self.grammars = self
+        self.prepared = 0
+        self.threads: list[int] = []
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def structured(self, _task: Task) -> None:
+        self.threads.append(threading.get_ident())
+
+    def encode(self, _task: Task) -> list[int]:
+        return [5, 17]
+
+    def answer(self, _task: Task, prompt: list[int], _name: str | None) -> AnswerStream:
+        self.threads.append(threading.get_ident())
+        return AnswerStream(self.tokenizer, None, prompt)
+
+    def request(self, _task: Task, *_: object) -> Any:
+        from split_device.generation.request import Request
+
+        self.threads.append(threading.get_ident())
+        return Request([5, 17])
+
+    def submit(self, *_: object) -> Any:
+        self.threads.append(threading.get_ident())
+        return SimpleNamespace(future=Future(), done=True)
+
+
+def test_choices_begin_beside_the_event_loop(tokenizer: Any) -> None:
+    """Fields with many entries, of many choices, are looked at while other requests go on."""
+    loaded: Any = Watched(tokenizer)
+    model = TextModel(loaded, ModelChoice(name="m"), "m")
+    task = Task(model=ModelChoice(name="m"), prompt="Once")
+
+    async def answer() -> None:
+        begun: Any = None
+        with Answer(begun) as choices:
+            prompt = await model.encode(task)
+            for index in range(3):
+                await model.begin(choices, task, prompt, index=index)
+            assert len(choices.streams) == 3
+
+    asyncio.run(answer())
+    assert loaded.prepared == 1
+    assert len(loaded.threads) == 1 + 3 * 3
+    assert threading.get_ident() not in loaded.threads
+
+
+def test_a_large_answer_is_written_in_small_pieces() -> None:
+    token = {
+        "token": "a\u2028",
+        "logprob": -1.5,
+        "bytes": [97],
+        "top_logprobs": [{"token": "é", "logprob": -2}] * 20,
+    }
+    content = {
+        "id": "x",
+        "choices": [
+            {"index": index, "message": {}, "logprobs": {"content": [token] * 500, "refusal": None}}
+            for index in range(3)
+        ],
+        "prompt_logprobs": [None, {5: {"rank": 1}, "6": {"rank": 2}}],
+        "tokens": [*range(3 * PIECE)],
+        "empty": [[], {}, [[]], ""],
+    }
+    pieces = [*json_pieces(content)]
+    assert "".join(pieces) == json_line(content)
+    assert max(map(len, pieces)) < 10 * PIECE < len(json_line(content)) / 20
+
+
+def test_a_time_limit_that_ends_as_its_call_returns() -> None:
+    """The time is over within the last instruction, after which there is nothing that it could end."""
+    numbers = [0] * 5_000_000
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            within(0.001, lambda: None in numbers)
