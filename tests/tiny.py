@@ -312,3 +312,9 @@ def save_tokenizer(directory: Path, more: str = "") -> Path:
     wrapped.chat_template = _TEMPLATE
     wrapped.save_pretrained(directory)
     return directory
+
+
+def deviation(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference between two tensors of one shape, as a share of the largest value that was wanted."""
+    assert got.shape == wanted.shape
+    return float((got - wanted).abs().max() / wanted.abs().max())

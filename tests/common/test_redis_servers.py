@@ -323,6 +323,7 @@ def test_a_server_that_takes_nothing_is_told_with_its_reason(setting: Setting) -
         assert says(setting, "replica", server.address)
 
 
+@pytest.mark.long
 def test_the_doctor_looks_at_redis(setting: Setting, server: Valkey) -> None:
     with setting.worker(server.address):
         command = [sys.executable, "-m", "split_common", "doctor", "--keys", str(setting.fleet.path), "--broker"]

@@ -114,19 +114,19 @@ def test_logits_and_caches(pair: Callable[..., Any]) -> None:
             one, other = (
                 model(ids, past_key_values=cache).logits for model, cache in zip((full, split), caches, strict=True)
             )
-            assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+            assert tiny.deviation(other, one) < 1e-5
         for cache in caches:
             cache.crop(-3)
         one, other = (
             model(ids[:, :2], past_key_values=cache).logits
             for model, cache in zip((full, split), caches, strict=True)
         )
-    assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+    assert tiny.deviation(other, one) < 1e-5
     assert split.fused_ends.fusion == "fused"
     for index in (0, 1, tiny.LAYERS - 2, tiny.LAYERS - 1):
         theirs, ours = (cache.layers[index] for cache in caches)
-        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours.values, theirs.values, atol=1e-5, rtol=1e-5)
+        assert tiny.deviation(ours.keys, theirs.keys) < 1e-5
+        assert tiny.deviation(ours.values, theirs.values) < 1e-5
 
 
 def test_what_the_code_does_not_compute_goes_through_the_layers(pair: Callable[..., Any], calls: list[int]) -> None:
@@ -137,7 +137,7 @@ def test_what_the_code_does_not_compute_goes_through_the_layers(pair: Callable[.
     same(full, split, attention_mask=padded)
     with torch.no_grad():
         one, other = (model(PROMPT, output_hidden_states=True).hidden_states[1] for model in (full, split))
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert tiny.deviation(other, one) < 1e-5
         split(PROMPT, use_cache=False)
     assert not calls
 
@@ -162,7 +162,7 @@ def test_hooks_and_changed_weights_take_effect(pair: Callable[..., Any], calls: 
 @torch.no_grad()
 def close(full: Any, split: Any, **inputs: Any) -> None:
     one, other = (model(**inputs).logits for model in (full, split))
-    assert float((one - other).abs().max() / one.abs().max()) < 1e-5
+    assert tiny.deviation(other, one) < 1e-5
 
 
 def test_states_that_lie_otherwise(pair: Callable[..., Any], calls: list[int]) -> None:
@@ -211,7 +211,7 @@ def test_outputs_of_single_layers_leave_the_ends_fused(pair: Callable[..., Any],
     same(full, split)
     with torch.no_grad():
         one, other = (model(PROMPT, output_hidden_states=True).hidden_states[1] for model in (full, split))
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert tiny.deviation(other, one) < 1e-5
     calls.clear()
     same(full, split)
     assert (len(calls), split.fused_ends.fusion) == (24, "fused")

@@ -68,7 +68,7 @@ def test_attentions(pair: Any) -> None:
     assert len(ours) == len(theirs) == tiny.LAYERS
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         if index not in split.split.body:
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+            assert tiny.deviation(one, other) < 1e-5
             continue
         with pytest.raises(UnsupportedFeature, match=f"attentions of layer {index} are not here"):
             one.sum()

@@ -34,7 +34,7 @@ from wiretap import LATE
 pytestmark = pytest.mark.usefixtures("patient_queue")
 
 #: Their tensors lie behind the last layer, or apart.
-ARCHITECTURES = ("deepseek_v3", "mellum")
+ARCHITECTURES = ("deepseek_v3", pytest.param("mellum", marks=pytest.mark.long))
 
 TOKENS = 20
 

@@ -53,6 +53,7 @@ def test_a_greedy_answer_is_the_unsplit_models(split: Any, unsplit: Any, smollm2
     assert "Paris" in tokenizer.decode(answers[0][0, ids.shape[1] :])
 
 
+@pytest.mark.long
 def test_a_conversation_is_the_unsplit_models(split: Any, unsplit: Any, smollm2: Path) -> None:
     tokenizer = load_tokenizer(str(smollm2))
     messages: list[Any] = []

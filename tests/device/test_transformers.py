@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from test_diffusion import image, latents, lora_of, pipeline
 
+import tiny
 import tiny_diffusion
 from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common.errors import InvalidSplit, Malformed, NonFinite, UnsupportedArchitecture, UnsupportedFeature
@@ -153,7 +154,7 @@ def test_devices_share_forwards(broker: Any, kind: str, model: Path, worker: Wor
         pipes = [pipe_of(kind, model, transformer=each) for each in made]
         outputs = list(pool.map(lambda pipe, each: latents(pipe, **SHORT | each), pipes, options))
     for ours, expected in zip(outputs, wanted, strict=True):
-        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert tiny.deviation(ours, expected) <= 1e-5
     assert worker.counters["rows"] - before[1] == 16
     assert worker.counters["forwards"] - before[0] < 16
 

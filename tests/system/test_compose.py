@@ -242,6 +242,7 @@ def test_the_zeromq_profile_makes_images(host: Host) -> None:
     assert image.stat().st_size > 0
 
 
+@pytest.mark.long
 def test_the_redis_profile_generates(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     """Valkey's TLS is done before it here: the package's server has none."""
     file = composed()

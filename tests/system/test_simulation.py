@@ -1,6 +1,6 @@
 """Sequences of events against the real device, broker and worker: every output is the right one.
 
-`make test` runs a thousand sequences, `make test-long` ten thousand, `make test-nightly` fifty thousand others. A
+`make test` runs five hundred sequences, `make test-long` ten thousand, `make test-nightly` fifty thousand others. A
 failure prints the seed and the shortest list of acts that still fails. SIMULATION_SEED=N tries other ones.
 """
 
