@@ -11,17 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from split_common.engine.scheduler import (
-    MAX_CHUNK,
-    MAX_ROWS,
-    MIN_CHUNK,
-    SLOW_FORWARD,
-    WAIT_AHEAD,
-    BatchDelay,
-    ChunkBudget,
-    Scheduler,
-    is_prefill,
-)
+from split_common.engine.forward_times import MAX_CHUNK, MIN_CHUNK, WAIT_AHEAD, BatchDelay, ChunkBudget
+from split_common.engine.scheduler import MAX_ROWS, SLOW_FORWARD, Scheduler, is_prefill
 from split_common.engine.sequences import TokenRun
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT, PREFILL_BURST, PrefillShares
@@ -30,7 +21,8 @@ from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT, PREFILL_BURST, P
 @pytest.fixture(autouse=True)
 def _frozen_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine, sessions go on decoding."""
-    monkeypatch.setattr("split_common.engine.scheduler.time", SimpleNamespace(monotonic=lambda: 100.0))
+    for module in ("scheduler", "forward_times"):
+        monkeypatch.setattr(f"split_common.engine.{module}.time", SimpleNamespace(monotonic=lambda: 100.0))
 
 
 class FakeSequence:

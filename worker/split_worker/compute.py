@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common.engine.scheduler import BatchDelay, Scheduler
+from split_common.engine.forward_times import BatchDelay
+from split_common.engine.scheduler import Scheduler
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.errors import Busy, Evicted, Malformed, SplitError
 from split_common.models.tensors import use_gpu
