@@ -52,6 +52,9 @@ PROBE_INTERVAL = 0.2
 #: Seconds between two attempts to send to peers whose socket was full.
 FLUSH_INTERVAL = 0.005
 
+#: Seconds between two announcements of a worker of which each gives it opens. Others wait for the next probe.
+PLACE_INTERVAL = 0.05
+
 #: Longest time, in seconds, that the loop waits for a message before it does what else is due.
 IDLE = 0.05
 
@@ -123,9 +126,11 @@ class Broker:
                     self._supervisor.run(self._take, frames)
                 now = time.monotonic()
                 if blocked and now >= next_flush:
-                    next_flush = now + FLUSH_INTERVAL
                     for peer in [self._peers[id_] for id_ in blocked]:
                         self._supervisor.run(self._delivery.flush, peer)
+                    # However many are blocked, half of the time is left for messages.
+                    ended = time.monotonic()
+                    next_flush = ended + max(FLUSH_INTERVAL, ended - now)
                 if now >= next_probe:
                     if now - next_probe > HEARTBEAT:
                         self._excuse(now - next_probe)
@@ -212,10 +217,14 @@ class Broker:
         return admitted
 
     def _weight(self, header: headers.Announce) -> float:
-        """As how many heartbeats one counts: the answer names each watched peer that is not there."""
+        """As how many heartbeats one counts: its answer names each watched peer that is not there.
+
+        If it says that the peer leaves, all that watch this one are told.
+        """
         known = len(header.watching) if self._early else sum(map(self._peers.__contains__, header.watching))
         strangers = len(header.watching) - known
-        return 1.0 + strangers / STRANGERS_WATCHED
+        watchers = sum(header.sender in peer.watching for peer in self._peers.values()) if header.leaving else 0
+        return 1.0 + (strangers + watchers) / STRANGERS_WATCHED
 
     def _admits_open(self, sender: Peer, header: headers.Open, body: BodyBytes) -> bool:
         """Whether a device's open may be pending. If not, the device is told, unless it asks far too often."""
@@ -239,11 +248,11 @@ class Broker:
         """
         try:
             return self._authentication.certify(header, memoryview(body))  # type: ignore[arg-type]
-        except CertificateError as error:
+        except CertificateError:
             peer = self._peers.get(header.sender)
             if peer is not None and self._routes.get(route) == peer.id:
-                log.warning("%s", error)
                 self._delivery.remove(peer, "was put out")
+            # The supervisor says why: not each time, however often a member comes back.
             raise
 
     def _announced(self, header: headers.Announce, route: bytes, member: str, certified: bool = False) -> None:
@@ -279,7 +288,8 @@ class Broker:
             gone = gone or [id_ for id_ in header.watching if id_ not in self._peers]
         self._delivery.put(peer, self._delivery.welcome(gone))
         self._delivery.flush(peer)
-        if peer.service is not None:
+        if peer.service is not None and peer.room and peer.seen - peer.placed > PLACE_INTERVAL:
+            peer.placed = peer.seen
             self._opens.place(peer.seen, self._early, peer.service)
 
     # --- housekeeping --------------------------------------------------------------------------------------

@@ -204,6 +204,8 @@ class Peer:
     service: Service | None = None
     model: str = ""
     room: int = 0
+    #: When one of its announcements last gave it opens, by `time.monotonic`.
+    placed: float = float("-inf")
     #: Whether its last announcement showed a certificate.
     certified: bool = False
 

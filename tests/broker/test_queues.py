@@ -372,6 +372,25 @@ def test_kinds_of_messages_with_the_same_rate_do_not_share_it() -> None:
     assert [rates.admits("m", kind) for kind in kinds for _ in range(4)] == [True, True, True, False] * 2
 
 
+def test_leaving_counts_for_all_that_are_told(offline: Broker) -> None:
+    leaving = headers.Announce(id_of(b"w1"), "worker", "w", leaving=True)
+    assert offline._weight(leaving) == 1
+    for route in (b"a1", b"a2", b"b1"):
+        offline._peers[id_of(route)].watching = frozenset([id_of(b"w1")])
+    assert offline._weight(leaving) == 1 + 3 / 16
+
+
+def test_announcements_give_opens_now_and_then(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[headers.Service | None] = []
+    monkeypatch.setattr(offline._opens, "place", lambda *_: placed.append(SERVICE))
+    monkeypatch.setattr(broker_module, "PLACE_INTERVAL", 1000.0)
+    offline._peers[id_of(b"w1")].placed = float("-inf")
+    for room in (0, 0, 1, 1, 1):
+        announcement = headers.Announce(id_of(b"w1"), "worker", "w", service=SERVICE, room=room)
+        offline._announced(announcement, b"w1", "w")
+    assert placed == [SERVICE]
+
+
 def test_who_is_not_announced_is_told_so_now_and_then(offline: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker_module, "UNANNOUNCED", Rate(0.0, 3.0))
     monkeypatch.setattr(offline._authentication, "owner", lambda envelope: envelope.bytes[:1].decode())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import tracemalloc
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -205,6 +208,28 @@ def test_payloads_come_back_with_their_tensor(payload: payloads.Payload, overhea
     decoded, found = encoding.decode_payload(body, encoding.request_decoder)
     assert decoded == payload
     assert bytes(found) == tensor
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        payloads.Step("float32", 4, [payloads.Run(0, 0, list(range(300, 100_300)))]),
+        payloads.Step("float32", 4, [payloads.Run(row, 0, []) for row in range(4096)]),
+    ],
+    ids=["positions", "rows"],
+)
+def test_what_a_payload_takes_in_memory_is_not_underestimated(step: payloads.Step) -> None:
+    body = msgspec.msgpack.encode(step)
+    body = struct.pack("<I", len(body)) + body
+    decoder = msgspec.msgpack.Decoder(payloads.AnyRequest)
+    tracemalloc.start()
+    try:
+        kept = decoder.decode(memoryview(body)[4:])
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept == step
+    assert taken + len(body) <= encoding.held_bytes(body) <= 100 * (taken + len(body))
 
 
 @given(_requests, st.data())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from split_common.engine.forward_times import MAX_CHUNK, MIN_CHUNK, WAIT_AHEAD, BatchDelay, ChunkBudget
-from split_common.engine.scheduler import MAX_ROWS, SLOW_FORWARD, Scheduler, is_prefill
+from split_common.engine.scheduler import MAX_ROWS, SLOW_FORWARD, STARVED_AFTER, Scheduler, is_prefill
 from split_common.engine.sequences import TokenRun
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.engine.turns import MAX_TOGETHER, MAX_WEIGHT, PREFILL_BURST, PrefillShares
@@ -146,6 +146,60 @@ def test_urgent_prefill_that_does_not_fit_leaves_the_others_their_turn() -> None
     # The caller has made room for it.
     store.free = 1000
     assert bench.forward(0.1) == {"busy 1": 1, "new": MIN_CHUNK}
+
+
+def test_a_step_without_memory_is_overdue_though_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 100.0)
+    monkeypatch.setattr("split_common.engine.scheduler.time", clock)
+    store = FakeStore()
+    bench = Bench(store)
+    scheduler = bench.scheduler
+
+    def forward_at(now: float) -> list[Any]:
+        clock.monotonic = lambda: now
+        bench.add(make_step("hog", 1))
+        return list(bench.forward())
+
+    store.free = 1
+    bench.add(make_step("starved", 2))
+    assert forward_at(100.0) == ["hog"]
+    assert scheduler.overdue() is None
+    assert forward_at(100.1 + STARVED_AFTER) == ["hog"]
+    overdue = scheduler.overdue()
+    assert overdue is not None
+    assert overdue.session == "starved"
+    # Nothing could be freed for it.
+    scheduler.wait_on(overdue)
+    assert scheduler.overdue() is None
+    assert forward_at(100.3 + 2 * STARVED_AFTER) == ["hog"]
+    assert scheduler.overdue() is overdue
+    store.free = 3
+    assert scheduler.overdue() is None
+    assert sorted(forward_at(100.3 + 2 * STARVED_AFTER)) == ["hog", "starved"]
+
+
+def test_members_with_very_many_tokens_take_turns_in_decoding() -> None:
+    bench = Bench()
+    for number in range(100):
+        bench.add(make_step(f"greedy {number}", 16, member="greedy"))
+    assert len(bench.next_batch()) == 100
+    bench = Bench()
+    for number in range(100):
+        bench.add(make_step(f"greedy {number}", 16, member="greedy"))
+    bench.add(make_step("modest", 1, member="modest"))
+    bench.add(make_step("another", 1, member="another"))
+    batches = bench.run_all()
+    assert {"modest", "another"} <= set(batches[0])
+    assert all(sum(batch.values()) <= MAX_CHUNK for batch in batches)
+    assert sum(sum(batch.values()) for batch in batches) == 100 * 16 + 2
+
+
+def test_a_prompt_that_cannot_be_divided_uses_up_what_prefill_may_have() -> None:
+    bench = Bench(divisible=False)
+    for number in range(3):
+        bench.add(make_step(f"greedy {number}", MAX_CHUNK, member="greedy"))
+    bench.add(make_step("one", 1))
+    assert [len(batch) for batch in bench.run_all()] == [2, 1, 1]
 
 
 def test_prefill_of_a_device_that_does_not_decode_joins_where_forwards_are_fast() -> None:

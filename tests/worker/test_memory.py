@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from split_common.engine import scheduler
 from split_common.engine.forward import Forward
 from split_common.engine.per_sequence import CachedSequence, CacheStore
 from split_common.engine.pool import LayerShape, PagePool
@@ -88,7 +89,10 @@ class Driver:
             return
         self.seqs[number] += 1
         data = memoryview(bytes(payload.tensor_bytes))
-        self.loop.put(PendingRequest(session, header, payload, data, time.perf_counter()))
+        self.loop.put(PendingRequest(session, header, payload, data, len(data), time.perf_counter()))
+
+    def session(self, number: int) -> Any:
+        return self.table.get((b"device%02d" % (number % 3), 1, number, 0))
 
     def close(self, number: int) -> None:
         self.table.close((b"device%02d" % (number % 3), 1, number, 0))
@@ -156,6 +160,48 @@ def test_all_memory_comes_back(store: Any, acts: list[tuple[int, Any]]) -> None:
     driver.turn()
     assert driver.body.store.free == before
     assert driver.loop.queued_bytes == 0
+
+
+def test_steps_that_take_no_more_memory_do_not_keep_it_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "STARVED_AFTER", 0.0)
+    driver = Driver(paged_store())
+    page, pages = 16, 24
+    # Two sessions of one device hold all pages.
+    for number in (0, 3):
+        driver.send(number, payloads.Step("float32", WIDTH, [payloads.Run(0, 0, list(range(page * pages // 2)))]))
+    while not driver.loop._scheduler.idle or not driver.loop._inbox.empty():
+        driver.turn()
+    assert driver.body.store.free == 0
+    driver.send(1, payloads.Step("float32", WIDTH, [payloads.Run(0, 0, [0])]))
+    # They write their last tokens again and again, so that there is always a step for which there is memory.
+    for _ in range(10):
+        for number in (0, 3):
+            last = page * pages // 2 - 1
+            driver.send(number, payloads.Step("float32", WIDTH, [payloads.Run(0, last, [last])]))
+        driver.turn()
+        if not driver.loop._scheduler.busy_sessions() - {driver.session(number) for number in (0, 3)}:
+            break
+    assert driver.session(1).state.held_tokens
+    assert [driver.session(number) is None for number in (0, 3)].count(True) == 1
+    assert driver.loop.counters["evictions"] == 1
+
+
+def test_steps_without_a_forward_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(paged_store())
+    driver.send(0, payloads.Step("float32", WIDTH, [payloads.Run(0, 0, [0])]))
+    driver.turn()
+    assert driver.loop._delay._away
+    driver.send(0, payloads.Step("float32", WIDTH, []))
+    driver.turn()
+    assert not driver.loop._delay._away
+    # Nor is anybody waited for without end.
+    monkeypatch.setattr(driver.loop._delay, "until", lambda _, now: now + 60.0)
+    driver.loop._scheduler.budget.base = 0.001
+    began = time.perf_counter()
+    driver.send(1, payloads.Step("float32", WIDTH, [payloads.Run(0, 0, [0])]))
+    driver.turn()
+    assert time.perf_counter() - began < 30.0
+    assert driver.session(1).state.held_tokens
 
 
 @pytest.mark.parametrize("store", [paged_store, cache_store])

@@ -188,7 +188,9 @@ def test_the_queue_is_full_for_the_member_that_fills_it() -> None:
 
     def put(session: Session[Any]) -> None:
         header = headers.Relay(bytes(8), bytes(8), headers.RelayKind.REQUEST, 1)
-        loop.put(PendingRequest(session, header, payloads.Close(), memoryview(bytes(size)), time.perf_counter()))
+        loop.put(
+            PendingRequest(session, header, payloads.Close(), memoryview(bytes(size)), size, time.perf_counter())
+        )
 
     hog, honest = table.open("h"), table.open("a")
     while not loop.is_full("h", size):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from split_common.engine.forward_times import BatchDelay
+from split_common.engine.forward_times import WAIT_AHEAD, BatchDelay
 from split_common.engine.scheduler import Scheduler
 from split_common.engine.steps import ScheduledChunk, ScheduledStep
 from split_common.errors import Busy, Evicted, Malformed, SplitError
@@ -185,11 +185,13 @@ class ComputeLoop:
         """Takes the requests that have arrived. If patient, waits for a first one, and for due sessions."""
         if self._scheduler.idle and patient:
             self._accept(self._inbox.get())
-        enough = time.perf_counter() + TAKE_IN
+        forward, began = self._scheduler.budget.base, time.perf_counter()
+        # However many sessions are due one after the other, none delays those that are here for long.
+        latest, enough = began + 2 * WAIT_AHEAD * forward, began + TAKE_IN
         while True:
             now = time.perf_counter()
             delays = patient and not self._scheduler.has_urgent_prefill
-            wait = self._delay.until(self._scheduler.budget.base, now) - now if delays else 0.0
+            wait = min(self._delay.until(forward, now), latest) - now if delays else 0.0
             if wait <= 0 and now > enough:
                 break
             try:
@@ -219,6 +221,9 @@ class ComputeLoop:
         """The chunks of the next forward. If a step does not fit, evicts another session, or refuses the step."""
         for step in self._scheduler.due():
             self._start(step)
+        while (overdue := self._scheduler.overdue()) is not None:
+            if not self._evict_for(overdue, others=True):
+                self._scheduler.wait_on(overdue)
         while not self._stopping.is_set():
             chunks, starved = self._scheduler.next_batch()
             if starved is None:
@@ -333,9 +338,9 @@ class ComputeLoop:
         if isinstance(reply, payloads.Refusal):
             self.counters[f"refused_{reply.reason}"] += 1
         self._reply(request, reply, tensor)
-        if isinstance(reply, payloads.Result) and not (
-            request.prefill or self._scheduler.has_more(request.session)
-        ):
+        # Steps without a forward would have it wait for their next ones as often as their device likes.
+        ran = seconds > 0 and isinstance(reply, payloads.Result)
+        if ran and not (request.prefill or self._scheduler.has_more(request.session)):
             self._delay.answered(request.session, time.perf_counter())
         if isinstance(reply, payloads.Refusal) and (
             reply.reason == "failed" or (reply.reason == "evicted" and request.session.state.holds_memory)
@@ -363,11 +368,15 @@ class ComputeLoop:
 
     # --- memory --------------------------------------------------------------------------------------------
 
-    def _evict_for(self, starved: Step) -> bool:
-        """Evicts a session to free memory for another one's step. Returns whether there was one to evict."""
+    def _evict_for(self, starved: Step, others: bool = False) -> bool:
+        """Evicts a session to free memory for another one's step; of another member, if it is to be `others`.
+
+        Returns:
+            Whether there was one to evict.
+        """
         left = starved.cost - sum(starved.done)
         with self._lock:
-            victim = self._sessions.victim(starved.request.session, left)
+            victim = self._sessions.victim(starved.request.session, left, own=not others)
             if victim is None:
                 return False
             self._sessions.evict(victim)

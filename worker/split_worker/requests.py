@@ -37,7 +37,7 @@ REASONS: dict[type[Exception], str] = {
     Evicted: "evicted",
 }
 
-#: Bytes for which a waiting request counts beside its tensor.
+#: Bytes for which a waiting request counts beside its body.
 REQUEST_BYTES = 1024
 
 #: Most characters of an error's message that a device is told.
@@ -52,6 +52,8 @@ class PendingRequest:
     header: headers.Relay
     payload: payloads.AnyRequest
     tensor: memoryview
+    #: Bytes that its decrypted body keeps in memory, see `encoding.held_bytes`.
+    held_bytes: int
     #: When it arrived, in seconds of `time.perf_counter`.
     arrived: float
     #: Seconds that this process has spent on it so far, apart from waiting and forwards.
@@ -71,7 +73,7 @@ class PendingRequest:
     @property
     def queued_bytes(self) -> int:
         """Bytes that it counts for while it waits."""
-        return len(self.tensor) + REQUEST_BYTES
+        return self.held_bytes + REQUEST_BYTES
 
     @property
     def numbers(self) -> int:

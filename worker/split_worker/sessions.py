@@ -244,12 +244,15 @@ class SessionTable:
         if more := session.kept - before:
             self._kept.add(session.member, more)
 
-    def victim(self, asking: Session[Any], tokens: int = 0) -> Session[Any] | None:
+    def victim(self, asking: Session[Any], tokens: int = 0, own: bool = True) -> Session[Any] | None:
         """Chooses a session to evict for a step of `asking` that needs this many more tokens.
 
         One that is kept goes first, then an idle one. Then the newest one of the member that holds most, if that
         is more than the asking member would hold; or else the newest one of the asking member, if it is newer than
         `asking`.
+
+        Args:
+            own: whether sessions of the asking member may go though they are neither kept nor idle.
         """
         if (idle := self._first_to_go()) is not None and idle is not asking:
             return idle
@@ -261,6 +264,8 @@ class SessionTable:
             largest = max(used, key=lambda each: (used[each], each == member))
             if largest != member:
                 return max((each for each in others if each.member == largest), key=lambda each: each.age)
+        if not own:
+            return None
         newest = max((each for each in others if each.member == member), key=lambda each: each.age, default=None)
         return newest if newest is not None and newest.age > asking.age else None
 

@@ -299,13 +299,16 @@ class Worker:
             if session is None:
                 self._refuse_unopened(channel, header, "lost", "the worker does not hold this session")
                 return
-        if header.seq >= session.expected and self._compute.is_full(session.member, len(tensor)):
+        held = encoding.held_bytes(plaintext)
+        if header.seq >= session.expected and self._compute.is_full(session.member, held):
             self._refuse_full(channel, header)
             return
         if not session.admit(header.seq):
             self._repeat(channel, session, header)
             return
-        self._compute.put(PendingRequest(session, header, request, tensor, began, time.perf_counter() - began))
+        self._compute.put(
+            PendingRequest(session, header, request, tensor, held, began, time.perf_counter() - began)
+        )
 
     def _refuse_full(self, channel: OpenChannel, header: headers.Relay) -> None:
         retry = self._sessions.limits.full_retry

@@ -1,9 +1,9 @@
 """The scheduler: which tokens go into the next forward.
 
-All decoding steps that are ready go into it. The rest of the budget goes to prefills, in chunks, so that decoding
-waits for one chunk at most. Members take turns, however many devices and sessions each has. If forwards are slow,
-prefill of members that are not decoding goes first. A member that prefills for more than its share of the time gets
-what the others leave.
+All decoding steps that are ready go into it; of very many tokens, those whose turn it is. The rest of the budget
+goes to prefills, in chunks, so that decoding waits for one chunk at most. Members take turns, however many devices
+and sessions each has. If forwards are slow, prefill of members that are not decoding goes first. A member that
+prefills for more than its share of the time gets what the others leave.
 
 A step passes through the scheduler like this. The caller acts on what each call returns:
 
@@ -12,6 +12,7 @@ A step passes through the scheduler like this. The caller acts on what each call
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
@@ -29,6 +30,9 @@ DECODE_TOKENS = 16
 
 #: Most runs in one forward.
 MAX_ROWS = 256
+
+#: Seconds for which a step waits for memory while others run, before sessions give way to it.
+STARVED_AFTER = 1.0
 
 #: Seconds above which a forward is slow. Prefill then does not wait for sessions that are due back, and prefill of
 #: members that are not decoding goes first, because it brings a first token. On such hardware, two forwards take no
@@ -155,6 +159,22 @@ class Scheduler(Generic[_Request, _Run]):
             chunk.step.in_flight = True
         return batch, None
 
+    def overdue(self) -> ScheduledStep[_Request, _Run] | None:
+        """A step for which there has been no memory for `STARVED_AFTER`, though others ran; None if there is none.
+
+        The caller frees memory for it and asks again, or has it `wait_on`. Without that, steps that take no more
+        memory could keep it for ever from those that do.
+        """
+        now, free = time.monotonic(), self._store.free if self._store is not None else 0
+        for step in self._ready():
+            if step.starved_since is not None and step.lacked > free and now - step.starved_since > STARVED_AFTER:
+                return step
+        return None
+
+    def wait_on(self, step: ScheduledStep[_Request, _Run]) -> None:
+        """Has a step wait for as long again before it is overdue."""
+        step.starved_since = time.monotonic()
+
     def _look_at_shares(self, now: float) -> None:
         """Notes who is decoding, and who of the others prefills for more than its share of the time."""
         self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
@@ -230,13 +250,15 @@ class Scheduler(Generic[_Request, _Run]):
         for step in self._whole(ready):
             chunks = [ScheduledChunk(step, index, run) for index, run in enumerate(step.runs)]
             memory = sum(chunk.run.memory(chunk.run.cost) for chunk in chunks)
-            if memory <= free and len(batch) + len(chunks) <= MAX_ROWS:
+            if self._fits(step, memory, free) and len(batch) + len(chunks) <= MAX_ROWS:
                 free -= memory
                 batch += chunks
         if batch:
             self._fair.went(max(chunk.step.turn for chunk in batch))
         budget = self.budget.tokens()
         for step in self._in_turns(ready):
+            if budget <= 0:
+                break
             if batch and step.member in self._over:
                 continue
             for index, run in enumerate(step.runs):
@@ -245,19 +267,42 @@ class Scheduler(Generic[_Request, _Run]):
                 if self._divisible:
                     count = run.whole(begin, min(budget, count)) if budget > 0 else 0
                 memory = run.memory(count)
-                if count <= 0 or memory > free or len(batch) >= MAX_ROWS:
+                if count <= 0 or not self._fits(step, memory, free) or len(batch) >= MAX_ROWS:
                     continue
                 free -= memory
                 budget -= count
                 batch.append(ScheduledChunk(step, index, run.part(begin, count)))
         return batch
 
+    def _fits(self, step: ScheduledStep[_Request, _Run], memory: int, free: int) -> bool:
+        """Whether there is memory for what of a step could go into a forward. Notes since when there is none."""
+        if memory <= free:
+            step.starved_since = None
+            return True
+        step.lacked = memory
+        if step.starved_since is None:
+            step.starved_since = time.monotonic()
+        return False
+
     def _whole(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
-        """The steps that are not prefill: in turns, if they do not all go into one forward."""
+        """The steps that are not prefill, or those of them that go into one forward: in turns, if not all do.
+
+        While several members decode, each that is ready has one at least, and there are about as many tokens as
+        there may be rows, or as prefill may have.
+        """
         steps = [step for step in ready if not step.prefill]
-        if sum(len(step.runs) for step in steps) > MAX_ROWS:
+        divides = self._store is not None and self._members > 1
+        left = max(MAX_ROWS, self.budget.tokens()) if divides else math.inf
+        if sum(len(step.runs) for step in steps) > MAX_ROWS or sum(step.cost for step in steps) > left:
             steps.sort(key=lambda step: step.turn)
-        return steps
+        few: list[ScheduledStep[_Request, _Run]] = []
+        here: set[Hashable] = set()
+        for step in steps:
+            if step.cost <= left or step.member not in here:
+                few.append(step)
+                here.add(step.member)
+                left -= step.cost
+        return few
 
     def _in_turns(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
         """Prefills in turns: each member's first before any second. The member of the last chunk comes last.

@@ -38,6 +38,9 @@ class ScheduledStep(Generic[_Request, _Run]):
     runs: Sequence[_Run] = ()
     #: Its place among steps that do not all go into one forward, unless it is prefill (`FairTurns`).
     turn: float = 0.0
+    #: Since when there has been no memory for it, by `time.monotonic`, and how much that is; None if there is some.
+    starved_since: float | None = None
+    lacked: int = 0
     #: Whether a forward with a part of it is running. Only one does at a time.
     in_flight: bool = False
     #: How much of each run has been computed, in units of its `cost`.

@@ -22,6 +22,9 @@ from split_common.protocol.headers import MAX_BODY
 #: Largest msgspec payload of a body, in bytes, without tensors: it bounds what is decoded into objects.
 MAX_PAYLOAD = 1024 * 1024
 
+#: Most bytes of Python objects for a byte of a payload: an empty list takes a byte, and as many in memory.
+OBJECT_BYTES = 64
+
 _P = TypeVar("_P", bound=payloads.Payload)
 _LENGTH = struct.Struct("<I")
 _encoder = msgspec.msgpack.Encoder()
@@ -61,6 +64,16 @@ def encode_payload(payload: payloads.Payload, tensor: bytes | memoryview = b"", 
         raise Oversized(f"body of {padded} bytes (at most {MAX_BODY})")
     padding = padded - overhead - _LENGTH.size - len(head) - len(tensor)
     return b"".join((_LENGTH.pack(len(head)), head, tensor, bytes(padding)))
+
+
+def held_bytes(body: bytes | memoryview) -> int:
+    """Most bytes that a body's plaintext keeps in memory once decoded: its own, and those of the payload's objects.
+
+    Args:
+        body: one that `decode_payload` takes. The tensors' bytes are a view of it, so all of it stays.
+    """
+    (length,) = _LENGTH.unpack_from(body)
+    return len(body) + OBJECT_BYTES * int(length)
 
 
 def decode_payload(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[_P]) -> tuple[_P, memoryview]:

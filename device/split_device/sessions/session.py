@@ -197,9 +197,9 @@ class RemoteSession:
                     if isinstance(lost := refusal_error(reply), SessionLost):
                         raise lost
                     continue
-                self._answered()
                 if not isinstance(reply, payloads.ANSWERS[wanted := asked[header.seq - first]]):
                     raise SessionLost(f"the worker answered a {wanted.__name__} by a {type(reply).__name__}")
+                self._answered()
                 if not self.is_copying:
                     # Also if a step behind it is refused: that one is sent again without it.
                     self._opening = None
