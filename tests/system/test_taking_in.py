@@ -139,7 +139,9 @@ def test_requests_are_taken_in_while_a_forward_runs(
 
     # Taken in: opened, in order, and counted.
     assert peer.send(3, requests) == ""
-    waiting = sum(len(tensor) + REQUEST_BYTES for _, tensor in requests)
+    overhead = peer.keys(3).tag_size
+    bodies = [encoding.encode_payload(*request, overhead=overhead) for request in requests]
+    waiting = sum(encoding.held_bytes(body) + REQUEST_BYTES for body in bodies)
     assert worker.facts()["sessions"] == before["sessions"] + 1
     assert worker.facts()["queued_bytes"] == before["queued_bytes"] + waiting
 
