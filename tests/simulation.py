@@ -32,6 +32,7 @@ from split_broker.delivery import Delivery
 from split_broker.memory import MEMORY_LIMIT
 from split_broker.opens import Opens
 from split_broker.quotas import Rates
+from split_common.engine import forward_times as forward_times_module
 from split_common.engine import pool as pool_module
 from split_common.engine import scheduler as scheduler_module
 from split_common.engine.forward import Forward
@@ -439,6 +440,7 @@ class World:
             channel_module,
             link_module,
             scheduler_module,
+            forward_times_module,
             broker_module,
             peer_queue_module,
             under_way_module,
@@ -454,7 +456,7 @@ class World:
         patch.setattr(worker_module, "ComputeLoop", Compute)
         patch.setattr(pool_module, "DEFAULT_PAGE_TOKENS", 4)
         self.evict_after = self.random.choice([0.2, 10.0])
-        chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 40), (4096, 10**9)])
+        chunk, self.max_queued_bytes = self.random.choice([(8, 10**9), (32, 10_000), (4096, 10**9)])
         patch.setattr(chunks, "CHUNK_BYTES", chunk)
         patch.setattr(history_module, "BLOCK_BYTES", 32)
         patch.setattr(broker_module, "PROBE_INTERVAL", 0.5)
