@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,21 +14,31 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.requests import Request as HttpRequest
 from transformers import AutoTokenizer
 
 import tiny
 from split_common.errors import ConfigError
+from split_common.system.process import leave_out_of_collections
 from split_common.system.text import json_line
 from split_device.generation import checking, constraint
+from split_device.generation.active_requests import ActiveRequests
+from split_device.generation.admission import Admission
 from split_device.generation.answers import AnswerStream
 from split_device.generation.constraint import Grammars
-from split_device.generation.settings import MAX_BAD_WORDS, MAX_ENTRIES, Sampling, check_stop
+from split_device.generation.request import Generation, Request
+from split_device.generation.settings import MAX_BAD_WORDS, MAX_ENTRIES, MAX_STOP, Sampling, check_stop
 from split_device.generation.structured import StructuredOutputs
 from split_device.generation.time_limit import within
+from split_device.generation.token_logprobs import TokenLogprobs
 from split_device.jobs.job import ModelChoice, Task
 from split_device.serving.answering import Answer
+from split_device.serving.choices import Choice
+from split_device.serving.fields import ApiError
 from split_device.serving.http import PIECE, json_pieces
+from split_device.serving.openai.responses.endpoint import EVENT_DEPTH, Responses
 from split_device.serving.text_model import TextModel
+from split_device.serving.tokens import Tokens
 from wiretap import LATE
 
 
@@ -110,13 +123,58 @@ def test_many_slow_grammars_leave_others_their_turns(monkeypatch: pytest.MonkeyP
     assert looked == [0, 3, 4, 1, 5]
 
 
+def test_many_choices_leave_places_to_other_requests() -> None:
+    """However many wait: other requests that came later begin, and no choice is passed over for good."""
+    stage: Any = SimpleNamespace(cost=lambda _tokens: 0, unreserved=0)
+    admission = Admission(stage, stage, 16)
+    runs: dict[Any, Any] = {}
+    active: Any = SimpleNamespace(_admission=admission, by_generation=runs)
+
+    def add(index: int) -> Any:
+        generation = Generation(Request([5], priority=1, index=index), None, lambda _: None)
+        sampler: Any = SimpleNamespace(max_length=8)
+        admission.add(generation, sampler)
+        return generation
+
+    def begin() -> list[Any]:
+        begun = []
+        while (admitted := ActiveRequests.admit(active, 0.0)) is not None:
+            runs[admitted.generation] = SimpleNamespace(session=SimpleNamespace(waits_for_room=False))
+            begun.append(admitted.generation)
+        return begun
+
+    choices = [add(index) for index in range(128)]
+    others = [add(0) for _ in range(5)]
+    assert begin() == [*choices[:15], others[0]]
+    del runs[choices[3]], runs[others[0]]
+    assert begin() == [choices[15], others[1]]
+    for ended in choices[4:8]:
+        del runs[ended]
+    assert begin() == choices[16:20]
+    del runs[choices[0]]
+    assert begin() == [others[2]]
+
+
 def test_lists_that_cost_time_at_every_token_have_an_end() -> None:
     assert check_stop(["a"] * MAX_ENTRIES) == ("a",) * MAX_ENTRIES
+    assert check_stop(["a" * MAX_STOP]) == ("a" * MAX_STOP,)
+    with pytest.raises(ConfigError, match="stop has 65,540 characters: at most 65,536 are taken"):
+        check_stop(["text " * 13107, "texts"])
     with pytest.raises(ConfigError, match="stop_sequences has 1025 entries: at most 1024 are taken"):
         check_stop(["a"] * (MAX_ENTRIES + 1), "stop_sequences")
     assert Sampling(bad_words=("a" * MAX_BAD_WORDS,)).checked().bad_words
     with pytest.raises(ConfigError, match="bad_words have 65,540 characters: at most 65,536 are taken"):
         Sampling(bad_words=("word " * 13107, "words")).checked()
+
+
+def test_what_is_there_is_left_out_of_collections() -> None:
+    """What a server has loaded is not looked through again, however many objects a request makes."""
+    kept = [[index] for index in range(50_000)]
+    try:
+        leave_out_of_collections()
+        assert len(gc.get_objects()) < len(kept) / 10
+    finally:
+        gc.unfreeze()
 
 
 class Watched:
@@ -144,8 +202,6 @@ class Watched:
         return AnswerStream(self.tokenizer, None, prompt)
 
     def request(self, _task: Task, *_: object) -> Any:
-        from split_device.generation.request import Request
-
         self.threads.append(threading.get_ident())
         return Request([5, 17])
 
@@ -174,6 +230,74 @@ def test_choices_begin_beside_the_event_loop(tokenizer: Any) -> None:
     assert threading.get_ident() not in loaded.threads
 
 
+def test_token_ids_are_looked_at_beside_the_event_loop(tokenizer: Any) -> None:
+    threads: list[int] = []
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __len__(self) -> int:
+            threads.append(threading.get_ident())
+            return len(tokenizer)
+
+        def decode(self, tokens: list[int]) -> str:
+            threads.append(threading.get_ident())
+            return str(tokenizer.decode(tokens))
+
+    loaded: Any = Watched(Noting())
+    endpoint = Tokens(TextModel(loaded, ModelChoice(name="m"), "m"))
+    answer = asyncio.run(endpoint.detokenize(_posted(b'{"tokens": [5, 17]}')))
+    assert json.loads(bytes(answer.body)) == {"prompt": tokenizer.decode([5, 17])}
+    with pytest.raises(ApiError, match=r"tokens\[1\]: 999999 is not one of"):
+        asyncio.run(endpoint.detokenize(_posted(b'{"tokens": [5, 999999]}')))
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+def _posted(body: bytes) -> HttpRequest:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body}
+
+    return HttpRequest({"type": "http", "method": "POST", "path": "/", "headers": []}, receive)
+
+
+def test_the_last_events_are_made_beside_the_event_loop(tokenizer: Any) -> None:
+    """They repeat all log probabilities of the answer."""
+    loaded: Any = Watched(tokenizer)
+    model = TextModel(loaded, ModelChoice(name="m"), "m")
+    threads: list[int] = []
+
+    def noted(found: Any) -> Any:
+        threads.append(threading.get_ident())
+        return found
+
+    writer: Any = SimpleNamespace(
+        response=lambda *_: noted({"status": "completed"}),
+        item=lambda _part, status: {} if status == "in_progress" else noted({}),
+        item_id=lambda _part: "x",
+        names=SimpleNamespace(custom=()),
+    )
+
+    async def pieces() -> AsyncIterator[tuple[int, Choice]]:
+        yield 0, Choice("text", 1, "stop", [TokenLogprobs(5, "text", b"text", -1.0)])
+
+    asked: Any = SimpleNamespace(body=SimpleNamespace(store=False))
+    answer: Any = SimpleNamespace(pieces=pieces)
+
+    async def told() -> list[str]:
+        store: Any = None
+        return [each async for each in Responses(model, store)._events(asked, answer, writer, 20)]
+
+    events = asyncio.run(told())
+    assert events[-1].startswith("event: response.completed\n")
+    assert len(events) == 9
+    first, *last = threads[1:]
+    assert first == threads[0] == threading.get_ident()
+    assert len(last) == 2
+    assert threading.get_ident() not in last
+
+
 def test_a_large_answer_is_written_in_small_pieces() -> None:
     token = {
         "token": "a\u2028",
@@ -194,6 +318,11 @@ def test_a_large_answer_is_written_in_small_pieces() -> None:
     pieces = [*json_pieces(content)]
     assert "".join(pieces) == json_line(content)
     assert max(map(len, pieces)) < 10 * PIECE < len(json_line(content)) / 20
+    part = {"type": "output_text", "logprobs": [token] * 1500}
+    ended = {"type": "x", "response": {"output": [{"content": [part]}]}}
+    pieces = [*json_pieces(ended, EVENT_DEPTH)]
+    assert "".join(pieces) == json_line(ended)
+    assert max(map(len, pieces)) < PIECE < len(json_line(ended)) / 20
 
 
 def test_a_time_limit_that_ends_as_its_call_returns() -> None:

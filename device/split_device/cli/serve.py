@@ -17,7 +17,7 @@ from split_common.errors import ConfigError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint_files import model_name
 from split_common.system.console import emit_json, saying_stop, stderr
-from split_common.system.process import allow_many_files, passive_threads
+from split_common.system.process import allow_many_files, leave_out_of_collections, passive_threads
 from split_common.system.signals import catch_sigterm, wait_until_set
 from split_common.system.text import check_text
 from split_device.cli.groups import (
@@ -173,6 +173,7 @@ def serve(
             if image_choice and image_name:
                 names = text.names if text is not None else []
                 image_endpoint = Images(models.pipeline(image_choice), image_name, limits.images, names)
+            leave_out_of_collections()
         responses = ResponseStore(store_key)
         stack.callback(responses.close)
         server = CompletionServer(text, dialects(text, responses), image_endpoint, api_key or (), hosts)

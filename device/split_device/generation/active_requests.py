@@ -10,7 +10,7 @@ from typing import Any
 
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_device.generation.active import ActiveRequest, Outcome
-from split_device.generation.admission import Admission, Admitted
+from split_device.generation.admission import Admission, Admitted, is_further
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import LocalLayers
 from split_device.generation.prefixes import Prefixes
@@ -70,7 +70,7 @@ class ActiveRequests:
         no adapter: it would take the room that the other waits for.
         """
         full = {each.adapter_name for each, request in self.by_generation.items() if request.session.waits_for_room}
-        return self._admission.admit(len(self.by_generation), now, full)
+        return self._admission.admit(len(self.by_generation), now, full, sum(map(is_further, self.by_generation)))
 
     def begin(self, admitted: Admitted) -> list[ActiveRequest]:
         """Makes a request active; its first tokens are pending.

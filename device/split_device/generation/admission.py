@@ -5,14 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from split_device.generation.request import Generation
 from split_device.generation.sampling import Sampler
 from split_device.generation.stage import Stage
 
-#: One place in this many is kept for requests of a priority above 0.
+#: One place in this many is kept for requests of a priority above 0; and one in this many from further choices, all
+#: of a request's but its first one, so that requests with many do not hold up the others.
 PRIORITY_SHARE = 8
 
 #: Seconds for which no request with an adapter begins after the workers that have it were full.
@@ -35,8 +36,8 @@ class Admission:
     """The requests that wait to begin: those of the highest priority first, and of these the oldest.
 
     A request begins when head and tail have memory for all tokens that it may come to. Those of an adapter whose
-    workers were full are passed over for a while. Without an adapter any worker would do: then none begins. Not
-    thread-safe.
+    workers were full are passed over for a while. Without an adapter any worker would do: then none begins. Further
+    choices are passed over while they have all places that they may have. Not thread-safe.
 
     Args:
         head, tail: where memory is reserved.
@@ -71,19 +72,23 @@ class Admission:
     def waiting(self) -> list[Generation]:
         return [generation for *_, generation, _ in self._waiting]
 
-    def admit(self, active: int, now: float, full: Set[str | None] = frozenset()) -> Admitted | None:
+    def admit(
+        self, active: int, now: float, full: Set[str | None] = frozenset(), further: int = 0
+    ) -> Admitted | None:
         """Takes out the next request and reserves its memory; None if it has to wait, or there is none.
 
         Args:
             active: the number of requests that run.
             full: adapters for which requests that run wait for room on workers.
+            further: how many of those that run are further choices.
         """
         while self._waiting and self._waiting[0][2].done:
             heapq.heappop(self._waiting)
         blocked = full | {adapter for adapter, until in self._paused_until.items() if now < until}
         if not self._waiting or None in blocked:
             return None
-        entry = self._first_of_others(blocked) if blocked else self._waiting[0]
+        crowded = further >= self._places - self._kept_free
+        entry = self._first(lambda each: each.adapter_name not in blocked and not (crowded and is_further(each)))
         if entry is None:
             return None
         *_, generation, sampler = entry
@@ -101,15 +106,18 @@ class Admission:
         self._tail.unreserved -= costs[1]
         return Admitted(generation, sampler, costs)
 
-    def _first_of_others(self, adapters: Set[str | None]) -> _Waiting | None:
-        """The first request that waits and has none of these adapters."""
-        for entry in sorted(self._waiting):
-            generation = entry[2]
-            if not generation.done and generation.adapter_name not in adapters:
-                return entry
-        return None
+    def _first(self, may_begin: Callable[[Generation], bool]) -> _Waiting | None:
+        """The first request that waits of those that may begin."""
+        if may_begin(self._waiting[0][2]):
+            return self._waiting[0]
+        return min((each for each in self._waiting if not each[2].done and may_begin(each[2])), default=None)
 
     def release(self, costs: tuple[int, int]) -> None:
         """Frees the memory that was reserved for a request."""
         self._head.unreserved += costs[0]
         self._tail.unreserved += costs[1]
+
+
+def is_further(generation: Generation) -> bool:
+    """Whether it is one of a request's choices, and not the first."""
+    return generation.request.index > 0

@@ -131,6 +131,9 @@ MAX_ENTRIES = 1024
 #: Most characters of all `bad_words` together: the tokens of each are looked at when a request begins.
 MAX_BAD_WORDS = 64 * 1024
 
+#: Most characters of all stop texts together: what may be the beginning of one is compared at every token.
+MAX_STOP = 64 * 1024
+
 #: Most log probabilities that are told of the prompts of one request: each takes some 600 bytes until it is sent.
 MAX_PROMPT_LOGPROBS = 2**19
 
@@ -297,8 +300,11 @@ def _entries(name: str, given: Any) -> tuple[Any, ...]:
 
 
 def check_stop(texts: Sequence[str], name: str = "stop") -> tuple[str, ...]:
-    """Texts at which an answer ends. Raises ConfigError for more than `MAX_ENTRIES`."""
-    return _entries(name, tuple(texts))
+    """Texts at which an answer ends. Raises ConfigError for more than `MAX_ENTRIES`, or `MAX_STOP` characters."""
+    found = _entries(name, tuple(texts))
+    if (length := sum(map(len, found))) > MAX_STOP:
+        raise ConfigError(f"{name} has {length:,} characters: at most {MAX_STOP:,} are taken")
+    return found
 
 
 def check_bias(given: Any) -> dict[int, float] | None:

@@ -10,9 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from split_common.system.text import json_line
 from split_device.serving.choices import Choice
-from split_device.serving.http import unless_disconnected
+from split_device.serving.http import json_pieces, unless_disconnected
 from split_device.serving.streaming import ChoiceStream, Notice
 
 
@@ -98,6 +97,6 @@ def comment(notice: Notice) -> str:
     return f": {' '.join(notice.text.split())}\n\n"
 
 
-def event(data: dict[str, Any], name: str | None = None) -> str:
-    """An event of JSON, with a name of its own in dialects that have such."""
-    return (f"event: {name}\n" if name else "") + f"data: {json_line(data)}\n\n"
+def event(data: dict[str, Any], name: str | None = None, depth: int = 0) -> str:
+    """An event of JSON, with a name of its own in dialects that have such. `depth` is that of `json_pieces`."""
+    return (f"event: {name}\n" if name else "") + f"data: {''.join(json_pieces(data, depth))}\n\n"

@@ -57,9 +57,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 _T = TypeVar("_T")
 
 
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response of JSON, which is on one line for any reader of lines."""
-    return Response("".join(json_pieces(content)), status, headers, "application/json")
+def json_response(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None, depth: int = PIECES_DEPTH
+) -> Response:
+    """A response of JSON, which is on one line for any reader of lines. `depth` is that of `json_pieces`."""
+    return Response("".join(json_pieces(content, depth)), status, headers, "application/json")
 
 
 def json_pieces(content: object, depth: int = PIECES_DEPTH) -> Iterator[str]:

@@ -17,6 +17,9 @@ from split_device.serving.http import Handler, json_response
 from split_device.serving.openai.messages import parse_messages
 from split_device.serving.text_model import TextModel, prompt_size
 
+#: About how many bytes a token has in JSON, by its id or by its text.
+TOKEN_BYTES = 10
+
 #: Token ids, and how the tokenizer writes them if that is wanted.
 _Found = tuple[list[int], list[str] | None]
 
@@ -66,19 +69,15 @@ class Tokens:
         fields = await self._model.parsed(request, _fields)
         ids, strings = await (self._conversation(fields) if "messages" in fields else self._text(fields))
         found = {"count": len(ids), "max_model_len": self._model.context, "tokens": ids, "token_strs": strings}
-        # Millions of them are seconds of work. One takes some ten bytes.
-        return await self._model.aside(10 * len(ids), json_response, found)
+        # Millions of them are seconds of work.
+        return await self._model.aside(TOKEN_BYTES * len(ids), json_response, found)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special tokens included. Raises ApiError."""
         body = await self._model.parsed(request, lambda body: convert(supported(body, (), {}), _Tokens))
         self._check(body)
-        size = len(self._model.loaded.tokenizer)
-        for index, token in enumerate(body.tokens):
-            if token >= size:
-                raise ApiError(f"tokens[{index}]: {token} is not one of {size} tokens", param=f"tokens[{index}]")
-        text = await self._model.beside(lambda loaded: loaded.tokenizer.decode(body.tokens), len(body.tokens))
-        return json_response({"prompt": text})
+        text = await self._model.beside(lambda loaded: _text_of(loaded, body.tokens), len(body.tokens))
+        return await self._model.aside(TOKEN_BYTES * len(body.tokens), json_response, {"prompt": text})
 
     async def _text(self, fields: dict[str, Any]) -> _Found:
         body = convert(fields, _Text)
@@ -125,3 +124,12 @@ class Tokens:
 def _strings(loaded: Loaded, ids: list[int], wanted: bool) -> list[str] | None:
     """How the tokenizer writes the tokens, if that is wanted."""
     return list(loaded.tokenizer.convert_ids_to_tokens(ids)) if wanted else None
+
+
+def _text_of(loaded: Loaded, tokens: list[int]) -> str:
+    """The text of token ids. Raises ApiError for one that is none of the tokenizer's."""
+    size = len(loaded.tokenizer)
+    for index, token in enumerate(tokens):
+        if token >= size:
+            raise ApiError(f"tokens[{index}]: {token} is not one of {size} tokens", param=f"tokens[{index}]")
+    return str(loaded.tokenizer.decode(tokens))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from split_device.generation.settings import nth_seed
+from split_device.generation.settings import check_stop, nth_seed
 from split_device.jobs.job import Task
 from split_device.serving.fields import ApiError, present, supported
 from split_device.serving.openai.query import UsageIn
@@ -70,7 +70,8 @@ class Body(SamplingFields, frozen=True, kw_only=True):
             )
 
     def stop_texts(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """Texts at which the answer ends. Raises ConfigError for too many characters."""
+        return check_stop((self.stop,) if isinstance(self.stop, str) else self.stop or ())
 
     def usage_in(self) -> UsageIn:
         """Which chunks of a stream count tokens."""

@@ -19,7 +19,7 @@ from split_device.serving.openai.responses.items import parse_items
 from split_device.serving.openai.responses.paths import ITEMS_PATH, RESPONSE_PATH, RESPONSES_PATH
 from split_device.serving.openai.responses.requests import ResponseRequest, parse_response
 from split_device.serving.openai.responses.store import ResponseStore, StoredResponse
-from split_device.serving.parts import Parts, whole
+from split_device.serving.parts import PartEvent, Parts, whole
 from split_device.serving.request_ids import request_id
 from split_device.serving.streaming import Notice
 from split_device.serving.text_model import TextModel
@@ -27,6 +27,9 @@ from split_device.sessions.identity import new_request_id
 
 #: How many of the latest ids are remembered: more than requests are answered at once.
 GIVEN = 4096
+
+#: Down to which depth an event is written in pieces: that of the tokens with log probabilities in a whole response.
+EVENT_DEPTH = 7
 
 #: About how many bytes an item of a conversation has.
 ITEM_BYTES = 1024
@@ -67,12 +70,12 @@ class Responses:
                 unique, int(time.time()), asked.echoed, asked.names, len(prompt), lambda: stream.cached_tokens
             )
             if query.stream:
-                return answer.events(self._events(asked, answer, writer))
+                return answer.events(self._events(asked, answer, writer, task.logprobs or 0))
             (choice,) = await answer.whole()
-        size = ITEM_BYTES * choice.tokens * ((task.logprobs or 0) + 1)
+        size = _bytes(choice.tokens, task.logprobs or 0)
         response = await self._model.aside(size, lambda: writer.response(whole(choice)))
         await self._keep(asked, response)
-        return await self._model.aside(size, json_response, response)
+        return await self._model.aside(size, lambda: json_response(response, depth=EVENT_DEPTH - 1))
 
     async def _unique(self, asked: ResponseRequest, id_: str) -> str:
         """What ids of a response have in common: the id of the request, unless a response has it that is kept."""
@@ -97,12 +100,25 @@ class Responses:
             )
             await self._store.put(stored)
 
-    async def _events(self, asked: ResponseRequest, answer: Answer, writer: ResponseWriter) -> AsyncIterator[str]:
-        """The events of one response, from its creation to its end."""
+    async def _events(
+        self, asked: ResponseRequest, answer: Answer, writer: ResponseWriter, logprobs: int
+    ) -> AsyncIterator[str]:
+        """The events of one response, from its creation to its end.
+
+        Args:
+            logprobs: how many other tokens are told of at each token.
+        """
         events, parts = ResponseEvents(writer), Parts()
 
-        def written(data: dict[str, Any]) -> str:
-            return event(data, str(data["type"]))
+        def written(data: dict[str, Any], depth: int = 0) -> str:
+            return event(data, str(data["type"]), depth)
+
+        async def whole_part(happened: PartEvent) -> list[str]:
+            """What is told of a part again when it ends. With log probabilities, it may be much."""
+            return await self._model.aside(
+                _bytes(parts.tokens, logprobs),
+                lambda: [written(data, EVENT_DEPTH) for data in events.part(happened)],
+            )
 
         for first in events.begin():
             yield written(first)
@@ -113,19 +129,28 @@ class Responses:
                     yield comment(piece)
                     continue
                 for happened in parts.push(piece):
+                    if happened.kind == "end":
+                        for text in await whole_part(happened):
+                            yield text
+                        continue
                     for data in events.part(happened):
                         yield written(data)
-            await self._keep(asked, writer.response(parts))
+            if asked.body.store:
+                size = _bytes(parts.tokens, logprobs)
+                await self._keep(asked, await self._model.aside(size, writer.response, parts))
         except Exception as error:
             failure = api_error(error)
-        yield written(events.end(writer.response(parts, failure)))
+        yield await self._model.aside(
+            _bytes(parts.tokens, logprobs),
+            lambda: written(events.end(writer.response(parts, failure)), EVENT_DEPTH),
+        )
 
     async def get(self, request: Request) -> Response:
         """A response that is kept."""
         stored = await self._stored(request)
         if request.query_params.get("stream", "false").lower() == "true":
             raise ApiError("a stored response is not streamed", param="stream", code="unsupported_parameter")
-        return json_response(stored.response)
+        return await self._model.aside(0, json_response, stored.response)
 
     async def items(self, request: Request) -> Response:
         """The items of the input of a response that is kept, the last one first unless it is asked otherwise."""
@@ -134,12 +159,8 @@ class Responses:
             raise ApiError(
                 f"{given[0]}: all items are listed at once", param=given[0], code="unsupported_parameter"
             )
-        prefix = stored.id.removeprefix("resp_")
-        items = [{"id": f"item_{prefix}_{index}", **item} for index, item in enumerate(stored.input)]
-        if request.query_params.get("order", "desc") != "asc":
-            items.reverse()
-        ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
-        return json_response({"object": "list", "data": items, **ends, "has_more": False})
+        ascending = request.query_params.get("order", "desc") == "asc"
+        return await self._model.aside(0, lambda: json_response(_listed(stored, ascending)))
 
     async def delete(self, request: Request) -> Response:
         """Forgets a response."""
@@ -149,3 +170,18 @@ class Responses:
 
     async def _stored(self, request: Request) -> StoredResponse:
         return await self._store.get(request.path_params["id"])
+
+
+def _listed(stored: StoredResponse, ascending: bool) -> dict[str, Any]:
+    """The items of a response's input as a list."""
+    prefix = stored.id.removeprefix("resp_")
+    items = [{"id": f"item_{prefix}_{index}", **item} for index, item in enumerate(stored.input)]
+    if not ascending:
+        items.reverse()
+    ends = {"first_id": items[0]["id"], "last_id": items[-1]["id"]} if items else {}
+    return {"object": "list", "data": items, **ends, "has_more": False}
+
+
+def _bytes(tokens: int, logprobs: int) -> int:
+    """About how many bytes an answer of so many tokens has, with what is told of so many others at each."""
+    return ITEM_BYTES * tokens * (logprobs + 1)
