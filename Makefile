@@ -52,7 +52,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Split a small model between this process and a worker, over an encrypted queue.
 	$(BIN)/lambda-split demo
 
-demo-image: $(INSTALLED) ## Make a sheet of pictures by a small diffusion model that is split in the same way.
+demo-image: $(INSTALLED) ## Make a sheet of images by a small diffusion model that is split in the same way.
 	$(BIN)/lambda-split demo --image
 
 test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".

@@ -1,4 +1,4 @@
-"""Structured answers: tokens for each trip to the worker, and what a mask costs. For `benchmarks.agents`."""
+"""Structured outputs: tokens for each trip to the worker, and what a mask costs. For `benchmarks.agents`."""
 
 from __future__ import annotations
 

@@ -231,6 +231,13 @@ def test_libraries_stay_where_they_belong(library: str) -> None:
             assert any(is_within(name, place) for place in CONFINED[library]), f"{name} imports {library}"
 
 
+def test_modules_of_compat_stay_where_their_libraries_do() -> None:
+    libraries = {each: {top(target) for target in IMPORTS[each]} & CONFINED.keys() for each in IMPORTS}
+    for name, targets in IMPORTS.items():
+        for used in {each for each in targets if is_within(each, "split_common.compat")}:
+            assert all(any(is_within(name, place) for place in CONFINED[each]) for each in libraries[used]), name
+
+
 def test_the_protocol_needs_few_libraries_and_no_socket() -> None:
     assert sys.stdlib_module_names >= NETWORK
     for name, targets in IMPORTS.items():

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no half character, no half stop text, and the same after an interruption."""
+"""Text from tokens as they come: no half character, no half stop string, and the same after an interruption."""
 
 from __future__ import annotations
 

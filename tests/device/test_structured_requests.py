@@ -1,4 +1,4 @@
-"""Structured answers over HTTP: what fields are parsed to, real answers, and errors that name the field."""
+"""Structured outputs over HTTP: what fields are parsed to, real answers, and errors that name the field."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class SetUps:
         """
         mark = _mark(id_)
         if mark not in self._known_marks():
-            raise AuthenticationError("a peer id of no device of the fleet asks for a channel")
+            raise AuthenticationError("a channel was asked for under a peer id that no device of the fleet has")
         if not (self._rates.take(mark) or self._rate.take()):
             raise Busy("a member begins to set up too many channels")
         half = self.half_open.get(id_)

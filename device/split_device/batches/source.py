@@ -116,7 +116,9 @@ class Source:
             return "openai"
         if first is None:
             raise ConfigError(f"{self.name}: its first line has more than {MAX_LINE} bytes")
-        raise ConfigError(f"{self.path}: what are its lines? Give --input-format text if each is a prompt, or csv")
+        raise ConfigError(
+            f"{self.path}: unknown format of its lines: give --input-format text if each is a prompt, or csv"
+        )
 
     def _lines(self) -> Iterator[bytes | None]:
         yield from self._ahead

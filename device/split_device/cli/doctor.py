@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from split_common.cli.groups import grouped
-from split_common.cli.options import MODEL_PANEL, AdaptersOption, JsonOption, LayersOption
+from split_common.cli.options import MODEL_PANEL, JsonOption, LayersOption
 from split_common.errors import ConfigError, KeysError, NoWorker, SplitError
 from split_common.protocol import headers
 from split_common.system.console import doing, emit_json, stdout
@@ -56,7 +56,15 @@ def doctor(
         ),
     ] = None,
     layers: LayersOption = None,
-    adapter: AdaptersOption = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            rich_help_panel=MODEL_PANEL,
+            help="Also check whether this LoRA in PEFT's format runs with the model: its directory, and a name for "
+            "it. May be repeated.",
+        ),
+    ] = None,
     speculate: Annotated[
         str | None,
         typer.Option(

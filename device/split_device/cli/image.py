@@ -29,7 +29,7 @@ from split_device.cli.groups import (
 )
 from split_device.cli.image_options import IMAGE_MODEL_HELP, MetadataOption
 from split_device.cli.job_output import print_notes
-from split_device.cli.options import PromptArgument, RequestIdOption
+from split_device.cli.options import ImageCodecOption, PromptArgument, RequestIdOption
 from split_device.cli.terminal import loading, step_progress, waiting_for_workers
 from split_device.images.files import notes, write_image
 from split_device.images.settings import DRAWN_SEED_BITS, IMAGE_MODEL, check_image_output
@@ -65,7 +65,12 @@ def image(
             "replaced.",
         ),
     ],
-    model: Annotated[ImageModel, IMAGE_MODEL_CUT.without("image_model").plus(image_model=_AliasedModelOption)],
+    model: Annotated[
+        ImageModel,
+        IMAGE_MODEL_CUT.without("image_model", "codec").plus(
+            image_model=_AliasedModelOption, codec=ImageCodecOption
+        ),
+    ],
     picture: PictureOptions,
     start: StartOptions,
     hardware: HardwareOptions,

@@ -13,7 +13,7 @@ from split_common.errors import ConfigError
 from split_common.system.files import user_path
 from split_device.generation.limits import PREFIX_CACHE
 from split_device.generation.settings import BOUNDS
-from split_device.models.compression import CODEC_NAMES, parse_codec
+from split_device.models.compression import CODEC_NAMES, CODECS, OLD_EXACT, parse_codec
 from split_device.sessions.connection import HISTORY_MEMORY
 from split_device.sessions.identity import check_request_id
 from split_device.speculation.names import DRAFT, SPECULATE_METAVAR, check_speculate, draft_model
@@ -144,6 +144,18 @@ CodecOption = Annotated[
         rich_help_panel=MODEL_PANEL,
         help="How hidden states are compressed. exact sends them as they are; lossless (texts only) changes no bit "
         "of them; fp16 (images only), int8 and int4 round them, so that answers may differ.",
+    ),
+]
+#: `--codec` where only images are made.
+ImageCodecOption = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        parser=parse_codec,
+        metavar="|".join(name for name in CODECS if name != OLD_EXACT),
+        rich_help_panel=MODEL_PANEL,
+        help="How hidden states are compressed. exact sends them as they are; fp16, int8 and int4 round them, so "
+        "that images may differ.",
     ),
 ]
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from stdin.")]

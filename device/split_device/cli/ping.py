@@ -49,8 +49,8 @@ SampleOption = Annotated[
         "--sample",
         metavar="FILE",
         show_default="a few prompts",
-        help=f"Text file with a prompt on each line, at most {MOST_PROMPTS}. What is usual for you makes the "
-        "forecast yours: how much can be guessed depends on the text.",
+        help=f"Text file with a prompt on each line, at most {MOST_PROMPTS}. Use typical "
+        "prompts; predictions depend on the text.",
     ),
 ]
 
@@ -78,7 +78,7 @@ def ping(
 ) -> None:
     """Measure the way to a worker, predict tokens/s for each setting, and recommend one.
 
-    Takes a minute or two. Nothing else should use the device or its worker meanwhile.
+    Takes a few minutes. Nothing else should use the device or its worker meanwhile.
     """
     prompts = _read(sample) if sample is not None else SAMPLE
     passive_threads()

@@ -192,7 +192,7 @@ def _served(names: Sequence[str], choice: ModelChoice | None) -> list[str]:
         return []
     for index, name in enumerate(names):
         if not check_text(name, "--served-model-name").strip() or name in names[:index]:
-            raise ConfigError(f"invalid --served-model-name {name!r}: it is empty, or comes twice")
+            raise ConfigError(f"invalid --served-model-name {name!r}: names must not be empty or repeated")
     return list(names) or [model_name(choice.name)]
 
 

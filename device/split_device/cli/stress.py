@@ -96,7 +96,7 @@ def stress(
         str | None,
         typer.Option(
             metavar="MODES",
-            help="One member does its worst, in these modes, separated by commas, one after another; or all.",
+            help="Attack modes, separated by commas, or all.",
         ),
     ] = None,
     plot: Annotated[

@@ -149,12 +149,12 @@ class AnswerStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether the answer has ended: a stop text has come, or the only call."""
+        """Whether the answer has ended: a stop string has come, or the only call."""
         return self._text.stopped or (self._parser is not None and self._parser.done)
 
     @property
     def stopped_by(self) -> str | None:
-        """The stop text that has come."""
+        """The stop string that has come."""
         return self._text.stopped_by
 
     @property

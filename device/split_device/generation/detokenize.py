@@ -1,4 +1,4 @@
-"""Incremental detokenizing: turns tokens into text as they come, up to a stop text.
+"""Incremental detokenizing: turns tokens into text as they come, up to a stop string.
 
 The offsets are those of Hugging Face's text-generation-inference (`prefix_offset` and `read_offset`).
 `tokenizers.decoders.DecodeStream` works alike and is faster (0.5 µs a token, not 6), but in tokenizers 0.23 it
@@ -49,12 +49,12 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop text has come."""
+        """Whether a stop string has come."""
         return self._search.found is not None
 
     @property
     def stopped_by(self) -> str | None:
-        """The stop text that has come; None so far."""
+        """The stop string that has come; None so far."""
         return self._search.found
 
     def push(self, token: int) -> str:
@@ -86,21 +86,21 @@ class TextStream:
 
 
 class _StopSearch:
-    """Finds the first of some stop texts in a text that comes in pieces, and returns what is before it.
+    """Finds the first of some stop strings in a text that comes in pieces, and returns what is before it.
 
     Hidden pieces are searched, and not returned.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
-        #: The stop text that was found.
+        #: The stop string that was found.
         self.found: str | None = None
-        #: What may be the beginning of a stop text; `_hidden` says of each character whether it is hidden.
+        #: What may be the beginning of a stop string; `_hidden` says of each character whether it is hidden.
         self._held = ""
         self._hidden: list[bool] = []
 
     def push(self, text: str, hidden: bool = False) -> str:
-        """Adds a piece. Returns the text that is before any stop text."""
+        """Adds a piece. Returns the text that is before any stop string."""
         self._held += text
         self._hidden += [hidden] * len(text)
         found = [(at, stop) for stop in self.stops if (at := self._held.find(stop)) >= 0]
@@ -110,7 +110,7 @@ class _StopSearch:
         return self._release(len(self._held) - max((_overlap(self._held, stop) for stop in self.stops), default=0))
 
     def end(self) -> str:
-        """Returns what was held back, unless a stop text has come."""
+        """Returns what was held back, unless a stop string has come."""
         return "" if self.found is not None else self._release(len(self._held))
 
     def _release(self, size: int) -> str:

@@ -54,9 +54,7 @@ class DraftLayers:
                 f"{DRAFT}{name} cannot draft for many requests at once: {self.runner.unpacked_because}"
             )
         if not self.runner.divisible:
-            raise UnsupportedFeature(
-                f"{DRAFT}{name} cannot draft: its layers compute tokens that go through together otherwise"
-            )
+            raise UnsupportedFeature(f"{DRAFT}{name} cannot draft: its output depends on how the prompt is chunked")
 
 
 def check_tokens(name: str, model: str, revision: str | None = None, tokenizer: Any = None) -> None:

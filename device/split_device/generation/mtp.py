@@ -148,9 +148,7 @@ class MtpDrafts(LoadedDrafts[MtpSequence]):
         if runner.unpacked_because is not None:
             raise UnsupportedFeature(f"{MTP} cannot draft for many requests at once: {runner.unpacked_because}")
         if not runner.divisible:
-            raise UnsupportedFeature(
-                f"{MTP} cannot draft: its layer computes tokens that go through together otherwise"
-            )
+            raise UnsupportedFeature(f"{MTP} cannot draft: its output depends on how the prompt is chunked")
         super().__init__("the MTP layer", runner, layers.vocabulary, layers.vocabulary)
 
     def _sequence(self, cache: KVSequence, cost: int, most_tokens: int) -> MtpSequence:

@@ -125,7 +125,7 @@ _NUMBERS = ("max_tokens", *_CHOSEN, "seed", *_ADJUSTED, "min_tokens")
 #: Fields that are stored also where they are None, as they always were.
 _STORED = (*_CHOSEN, "seed")
 
-#: Most entries of a `logit_bias`, `bad_words`, `stop_token_ids` and stop texts: each costs time at every token.
+#: Most entries of a `logit_bias`, `bad_words`, `stop_token_ids` and stop strings: each costs time at every token.
 MAX_ENTRIES = 1024
 
 #: Most characters of all `bad_words` together: the tokens of each are looked at when a request begins.

@@ -8,7 +8,8 @@ import msgspec
 
 from split_common.errors import ConfigError, UnsupportedFeature
 
-#: Most bytes of a schema, expression or grammar, and of all choices together. Larger ones slow down each token.
+#: Most bytes of a schema, regular expression or grammar, and of all choices together. Larger ones slow down each
+#: token.
 MAX_SOURCE = 128 * 1024
 
 #: How a grammar is written.
@@ -26,7 +27,7 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     json: dict[str, Any] | bool | None = None
     #: Any JSON object, as OpenAI's `json_object`.
     json_object: bool | None = None
-    #: A regular expression in the syntax of Rust's `regex`: no look-around, no references back.
+    #: A regular expression in the syntax of Rust's `regex`: no look-around, no backreferences.
     regex: str | None = None
     #: The answer is one of these texts.
     choice: tuple[str, ...] | None = None

@@ -63,7 +63,7 @@ class _Shown:
         self.tokens = 0
 
     def push(self, token: int) -> bool:
-        """Adds a token. Returns whether a stop text has come."""
+        """Adds a token. Returns whether a stop string has come."""
         self.tokens += 1
         self._pass_on(self._stream.push(token))
         return self._stream.stopped

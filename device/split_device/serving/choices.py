@@ -20,7 +20,7 @@ class Choice:
     #: What the model thought before it answered.
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
-    #: The stop text that ended it, if one did.
+    #: The stop string that ended it, if one did.
     stop_text: str | None = None
     #: How many of the tokens are thinking; counted in the last piece alone.
     reasoning_tokens: int = 0

@@ -32,12 +32,12 @@ def demo(
     ] = False,
     image: Annotated[
         bool,
-        typer.Option("--image", help="Make pictures instead, with the small model in a clone of the repository."),
+        typer.Option("--image", help="Make images instead, with the small model in a clone of the repository."),
     ] = False,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Where to write the pictures, a .png file. Needs --image."
+            "--output", "-o", metavar="FILE", help="Where to write the images, a .png file. Needs --image."
         ),
     ] = Path("digits.png"),
     model: ModelOption = None,

@@ -115,7 +115,7 @@ def _make(pipeline: Any, how: str) -> tuple[Any, float]:
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.completed}/{task.total}")
     with Progress(*columns, TimeElapsedColumn(), console=stderr) as bar:
-        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} pictures, {how}", total=DEMO_STEPS)
+        task = bar.add_task(f"{len(DIGITS) * len(COLOURS)} images, {how}", total=DEMO_STEPS)
 
         def advance(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
             bar.advance(task)
@@ -148,16 +148,16 @@ def _sheet(pictures: Any) -> Any:
 
 def _print_facts(facts: dict[str, Any]) -> None:
     for line in (
-        f"{facts['images']} pictures in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
+        f"{facts['images']} images in {facts['split_s']:.1f} s, unsplit in {facts['unsplit_s']:.1f} s; "
         f"largest difference of a pixel {facts['max_abs_diff']:.1g} on a scale from 0 to 1 "
         f"(one shade of 256 is {SHADE:.1g})",
         f"left this process: the prompts' embeddings once, and states at each of {facts['steps']} steps, "
         f"{facts['bytes_sent'] / MB:.1f} MB in all; {facts['bytes_received'] / MB:.1f} MB came back",
-        "stayed here: prompts, text encoders, noise, scheduler, VAE, pictures, "
+        "stayed here: prompts, text encoders, noise, scheduler, VAE, images, "
         f"and {facts['device_params_share']:.0%} of the UNet's parameters",
         "what the broker saw of the last step, the body sealed between device and worker:",
         *(f"  {line}" for line in facts["broker_saw"]),
-        "the worker decrypts what it computes on: whoever runs it can find out prompts and pictures",
+        "the worker decrypts what it computes on: whoever runs it can find out prompts and images",
     ):
         stderr.print(line, soft_wrap=True)
     print(facts["output"], flush=True)
