@@ -183,6 +183,13 @@ def test_private_dir_refuses_a_place_where_all_may_exchange_it(tmp_path: Path) -
         files.private_dir(tmp_path / "open" / "mine")
 
 
+@pytest.mark.parametrize("place", ["file", "/dev/null"])
+def test_private_dir_refuses_what_is_not_a_directory(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(KeysError, match="is not a directory"):
+        files.private_dir(tmp_path / place)
+
+
 def test_missing_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="keys init"):
         files.read_private(tmp_path / "none")

@@ -118,6 +118,16 @@ def test_this_machines_own_keys_stay_on_it(address: str, local: bool) -> None:
         ("redis+cluster://127.0.0.1:1?sockettimeout=3", "sockettimeout"),
         ("redis+sentinel://127.0.0.1:1/queue?sockettimeout=3", "sockettimeout"),
         ("redis://127.0.0.1:1?db=x", "db"),
+        ("redis://127.0.0.1:1?db=3", "db"),
+        ("redis://127.0.0.1:1?socket_timeout=-1", "socket_timeout"),
+        ("redis+cluster://127.0.0.1:1?socket_timeout=nan", "socket_timeout"),
+        ("redis+sentinel://127.0.0.1:1/queue?socket_connect_timeout=1e999", "socket_connect_timeout"),
+        ("redis://127.0.0.1:1?protocol=9", "protocol"),
+        ("redis://127.0.0.1:1?protocol=", "protocol"),
+        ("redis://127.0.0.1:1?host=10.0.0.1", "host"),
+        ("redis://127.0.0.1:1?decode_responses=1", "decode_responses"),
+        ("redis://127.0.0.1:1?max_connections=0", "max_connections is at least 1"),
+        ("redis://127.0.0.1:1?health_check_interval=-1", "health_check_interval is at least 0"),
         ("rediss://127.0.0.1:1?ssl_ca_certs=/nowhere/ca.pem", "/nowhere/ca.pem"),
         ("rediss+cluster://127.0.0.1:1?ssl_ca_certs=/nowhere/ca.pem", "/nowhere/ca.pem"),
         ("rediss+sentinel://127.0.0.1:1/queue?ssl_certfile=/nowhere/me.pem", "/nowhere/me.pem"),
@@ -133,6 +143,24 @@ def test_this_machines_own_keys_stay_on_it(address: str, local: bool) -> None:
 def test_a_wrong_option_is_named_before_anything_is_sent(setting: Setting, address: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         connect(address, setting.fleet, setting.fleet.identity("device"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "redis://:qzx%E9vwk@h:1",
+        "redis://qzx%E9vwk:x@h:1",
+        "redis+cluster://:qzx%FFvwk@h:1",
+        "redis://h:1?password=qzx%E9vwk",
+        "redis+sentinel://h:1/queue?sentinel_password=qzx%E9vwk",
+        "redis://:qzx\udce9vwk@h:1",
+    ],
+)
+def test_secrets_that_are_not_utf8_are_refused(setting: Setting, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"not UTF-8.*%C3%A9") as caught:
+        connect(address, setting.fleet, setting.fleet.identity("device"))
+    assert "qzx" not in str(caught.value)
+    assert "vwk" not in str(caught.value)
 
 
 def test_options_of_clusters_alone_are_fine(setting: Setting) -> None:

@@ -233,3 +233,32 @@ def test_options_and_variables_take_a_tilde(
     assert run(*command).code == 0
     assert {path.name for path in home.iterdir()} == {"a", "fleet"}
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("redis-acl", "--passwords", ""),
+        ("keys", "init", "--keys="),
+        ("batch", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_not_the_current_directory(
+    command: tuple[str, ...], run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*command)
+    assert done.code == 2
+    assert "the path is empty" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("generate", "Hi", "--model="), ("inspect", " "), ("worker", "--model", "")])
+def test_an_empty_model_is_not_the_current_directory(
+    command: tuple[str, ...], model: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    done = run(*command)
+    assert done.code == 2
+    assert "name is empty" in done.err

@@ -17,6 +17,7 @@ from fleet import joined, running_broker
 from split_common.engine import native
 from split_common.engine.fused_call import FusedCall
 from split_common.engine.sequences import TokenRun
+from split_common.errors import ConfigError
 from split_common.models.loading import read_spec
 from split_common.models.split import Split
 from split_device.generation.local_layers import LocalLayers
@@ -304,6 +305,16 @@ def test_a_worker_says_why_layers_are_not_fused(tmp_path: Path, monkeypatch: pyt
 def test_tuning_that_is_off(pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "off")
     assert pair()[1].fused_ends is None
+
+
+@pytest.mark.parametrize("least", [0, 1 << 40])
+def test_a_wrong_tuning_is_refused_for_models_of_any_size(
+    pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr("split_device.models.fused_ends.LEAST_BYTES", least)
+    monkeypatch.setenv("LAMBDA_SPLIT_TUNE", "maybe")
+    with pytest.raises(ConfigError, match="invalid LAMBDA_SPLIT_TUNE 'maybe'"):
+        pair()
 
 
 def test_copies_compute_by_themselves(pair: Callable[..., Any], calls: list[int]) -> None:

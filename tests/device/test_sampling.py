@@ -246,3 +246,8 @@ def test_tokens_that_the_model_does_not_have(loaded: Loaded, sampling: Sampling)
         request.config.bad_words_ids = [[3, tiny.VOCABULARY]]
     with pytest.raises(ConfigError, match=f"token {tiny.VOCABULARY}"):
         loaded.generator.submit(request)
+
+
+def test_a_token_to_stop_at_that_the_model_does_not_have(loaded: Loaded) -> None:
+    with pytest.raises(ConfigError, match=f"token {tiny.VOCABULARY} is not among"):
+        request_for(loaded, PROMPTS[0], Sampling(stop_token_ids=(5, tiny.VOCABULARY)))

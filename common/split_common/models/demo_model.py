@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from split_common.errors import ModelError
+from split_common.errors import ConfigError, ModelError
 from split_common.system.console import stderr
 from split_common.system.files import cache_dir, is_there, user_path
 from split_common.system.process import python
@@ -44,10 +44,12 @@ def resolve_model(model: str | None) -> str:
 
     Raises:
         ModelError: the demo model is missing and cannot be made.
-        ConfigError: the name is a path that cannot be looked at.
+        ConfigError: the name is empty, or a path that cannot be looked at.
     """
     if model is None:
         return str(ensure_demo_model())
+    if not model.strip():
+        raise ConfigError("the model's name is empty: expected a directory, a GGUF file or a hub id")
     is_there(user_path(model))
     return model
 

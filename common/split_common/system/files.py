@@ -68,9 +68,9 @@ def private_dir(path: Path) -> Path:
     """Creates a directory and its missing parents with mode 0700, and returns it.
 
     Raises:
-        KeysError: the directory cannot be created, another user may write to it, or it, its parent or the link in
-            its place belongs to another user: the platform's runtime directory may lie under `/tmp`, where anyone
-            can create it first.
+        KeysError: the directory cannot be created, something else is in its place, another user may write to it, or
+            it, its parent or the link in its place belongs to another user: the platform's runtime directory may
+            lie under `/tmp`, where anyone can create it first.
     """
     whole = path.absolute()
     try:
@@ -84,6 +84,8 @@ def private_dir(path: Path) -> Path:
             os.close(parent)
     except OSError as error:
         raise KeysError(f"{path} cannot be created: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise KeysError(f"{path} is not a directory")
     me = os.geteuid()
     # The owner of a link decides where it leads. In a sticky directory, like /tmp, others cannot replace it.
     if found.st_uid != me or not {place.st_uid, above.st_uid} <= {me, 0}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from split_common.errors import ConfigError
 from split_common.system.files import user_path
@@ -31,6 +31,9 @@ _FORMS = (
 
 #: What to do if a user name or a password holds a sign with a meaning of its own, for messages.
 ESCAPE = "in a user name or password, write @ as %40, ? as %3F and % as %25"
+
+#: How to write a sign that is not ASCII, for messages.
+ENCODING = "write the bytes of its UTF-8, é as %C3%A9, not %E9"
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,7 +109,13 @@ def parse_redis(address: str) -> RedisAddress:
     if database and not (database.isascii() and database.isdigit() and len(database) < 10):
         raise _malformed(address, "must end in a database number")
     user, _, password = credentials.partition(":")
-    return RedisAddress(kind, tls, unquote(user), unquote(password), hosts, service, int(database or 0), query)
+    try:
+        user, password = (unquote(part, errors="strict") for part in (user, password))
+        parse_qs(query, errors="strict")
+        f"{user}{password}{query}".encode()
+    except UnicodeError:
+        raise _malformed(address, f"has a user, password or option that is not UTF-8; {ENCODING}") from None
+    return RedisAddress(kind, tls, user, password, hosts, service, int(database or 0), query)
 
 
 def _malformed(address: str, why: str) -> ConfigError:

@@ -80,7 +80,7 @@ def parse_pixels(size: str) -> tuple[int, int]:
 
 def pipeline_directory(model: str | None) -> str:
     """The pipeline's absolute directory. Raises ConfigError if there is none."""
-    if model is None:
+    if model is None or not model.strip():
         raise ConfigError(f"no image model: give --image-model, a pipeline's directory, or set {IMAGE_MODEL}")
     directory = user_path(model)
     is_there(directory)

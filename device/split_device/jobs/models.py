@@ -21,7 +21,7 @@ from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config, read_spec
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.answers import AnswerStream, answer_format
-from split_device.generation.bad_words import bad_word_tokens
+from split_device.generation.bad_words import bad_word_tokens, check_named_tokens
 from split_device.generation.chat_template import ChatTemplate
 from split_device.generation.detokenize import CONTINUED
 from split_device.generation.generator import Generator, Request
@@ -165,7 +165,8 @@ class Loaded:
 
         Raises:
             PromptTooLong: as `encode`.
-            ConfigError: as `encode`, or a number is out of bounds, or too many log probabilities are asked.
+            ConfigError: as `encode`, or a number is out of bounds, a token to stop at is not the model's, or
+                too many log probabilities are asked.
             ConfigError, UnsupportedFeature: what the answer has to look like is refused; see `Grammars.compile`.
         """
         prompt = self.encode(task) if prompt is None else prompt
@@ -174,6 +175,7 @@ class Loaded:
             check_prompt_logprobs(len(prompt), scored)
         structured = self.structured(task)
         limit, sampling = self.limit, task.sampling.checked().resolved(self.model.generation_config)
+        check_named_tokens(self.model, [sampling.stop_token_ids or ()])
         config = GenerationConfig(
             max_new_tokens=min(sampling.max_tokens, limit - len(prompt)),
             eos_token_id=sampling.ends(self.end_tokens),

@@ -336,6 +336,9 @@ def fuse_ends(model: Any, stack: LayerStack, split: Split) -> FusedEnds | None:
 
     Returns:
         None if they are not of the usual shape, are not on the CPU in fp32, or are too small for it to matter.
+
+    Raises:
+        ConfigError: `LAMBDA_SPLIT_TUNE` is neither `on` nor `off`.
     """
     with contextlib.suppress(OtherShape):
         ends = list(_ends(model, stack, split))
@@ -350,7 +353,7 @@ def _ends(model: Any, stack: LayerStack, split: Split) -> Iterator[FusedEnd]:
     ranges = [range(split.first), range(split.last, split.layers)]
     own = {index for each in ranges for index in each}
     size = sum(parameter.nbytes for index in own for parameter in stack.slots[index].parameters())
-    if size < LEAST_BYTES or not from_environment() or not native.begin():
+    if not from_environment() or size < LEAST_BYTES or not native.begin():
         raise OtherShape("they are not to be fused")
     if len(model.split_parts.adapters):
         # Which of them is active changes no module. One that is loaded later does.

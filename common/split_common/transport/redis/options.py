@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from typing import Any
+from urllib.parse import parse_qs
 
 import redis
 from redis.backoff import NoBackoff
@@ -24,6 +25,31 @@ SENTINEL_PASSWORD_VARIABLE = "LAMBDA_SPLIT_REDIS_SENTINEL_PASSWORD"  # noqa: S10
 
 #: Option of an address: passwords may travel without TLS to other machines.
 INSECURE = "insecure"
+
+#: Options of redis-py that are not an address's to set: the rest of the address says them, or the transport needs
+#: its own values.
+_OWN = (
+    *(
+        "host",
+        "port",
+        "path",
+        "db",
+        "ssl",
+        "timeout",
+        "socket_timeout",
+        "socket_connect_timeout",
+        "socket_read_size",
+    ),
+    *("protocol", "legacy_responses", "encoding", "encoding_errors", "decode_responses", "retry", "retry_on_error"),
+    *("retry_on_timeout", "driver_info", "lib_name", "lib_version", "connection_class", "connection_pool"),
+    *("redis_connect_func", "credential_provider", "single_connection_client", "unix_socket_path", "cache"),
+    *("cache_config", "event_dispatcher", "socket_keepalive_options", "maint_notifications_config"),
+    *("oss_cluster_maint_notifications_handler", "ssl_ocsp_context", "startup_nodes", "url", "address_remap"),
+    *("load_balancing_strategy", "policy_resolver"),
+)
+
+#: The least values of options that are numbers.
+_LEAST = {"max_connections": 1, "health_check_interval": 0}
 
 #: Options whose values are files.
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -92,6 +118,11 @@ def _parsed(address: RedisAddress, shown: str) -> dict[str, Any]:
         raise ConfigError(f"broker address {shown!r} has a wrong option: {error}") from None
     for name in ("host", "port"):
         options.pop(name, None)
+    if unknown := next((name for name in parse_qs(address.query, keep_blank_values=True) if name in _OWN), None):
+        raise ConfigError(f"broker address {shown!r} has an option that cannot be set: {unknown}")
+    for name, least in _LEAST.items():
+        if options.get(name, least) < least:
+            raise ConfigError(f"broker address {shown!r} has a wrong option: {name} is at least {least}")
     for name in _FILES:
         if isinstance(options.get(name), str):
             options[name] = str(user_path(options[name]))
