@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,12 @@ import tiny
 from split_common.errors import ConfigError
 from split_common.system.process import leave_out_of_collections
 from split_common.system.text import json_line
-from split_device.generation import checking, constraint
+from split_device.generation import active_requests, checking, constraint
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission
 from split_device.generation.answers import AnswerStream
 from split_device.generation.constraint import Grammars
+from split_device.generation.generator import Generator
 from split_device.generation.request import Generation, Request
 from split_device.generation.settings import MAX_BAD_WORDS, MAX_ENTRIES, MAX_STOP, Sampling, check_stop
 from split_device.generation.structured import StructuredOutputs
@@ -153,6 +155,22 @@ def test_many_choices_leave_places_to_other_requests() -> None:
     assert begin() == choices[16:20]
     del runs[choices[0]]
     assert begin() == [others[2]]
+
+
+def test_many_requests_that_begin_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long each takes, one begins in a turn, and the next turn comes at once."""
+    monkeypatch.setattr(active_requests, "PREPARE_SECONDS", 0.0)
+    waiting, begun, calls = [*range(5)], list[int](), list[object]()
+    requests = SimpleNamespace(admit=lambda _now: waiting.pop(0) if waiting else None)
+    requests.admit_all = partial(ActiveRequests.admit_all, requests)  # type: ignore[arg-type]
+    generator: Any = SimpleNamespace(
+        _requests=requests, _now=0.0, _begin=begun.append, _inbox=SimpleNamespace(put=calls.append)
+    )
+    for turn in range(5):
+        Generator._admit(generator)
+        assert (begun, len(calls)) == ([*range(turn + 1)], turn + 1)
+    Generator._admit(generator)
+    assert len(calls) == 5
 
 
 def test_lists_that_cost_time_at_every_token_have_an_end() -> None:

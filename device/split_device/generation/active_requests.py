@@ -11,6 +11,7 @@ from typing import Any
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted, is_further
+from split_device.generation.checking import PREPARE_SECONDS
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import LocalLayers
 from split_device.generation.prefixes import Prefixes
@@ -71,6 +72,19 @@ class ActiveRequests:
         """
         full = {each.adapter_name for each, request in self.by_generation.items() if request.session.waits_for_room}
         return self._admission.admit(len(self.by_generation), now, full, sum(map(is_further, self.by_generation)))
+
+    def admit_all(self, now: float, begin: Callable[[Admitted], None]) -> bool:
+        """Begins the requests that may, as far as there is time: a slow grammar is looked at when one begins.
+
+        Returns:
+            Whether none is left that may begin.
+        """
+        until = time.thread_time() + PREPARE_SECONDS
+        while (admitted := self.admit(now)) is not None:
+            begin(admitted)
+            if time.thread_time() >= until:
+                return False
+        return True
 
     def begin(self, admitted: Admitted) -> list[ActiveRequest]:
         """Makes a request active; its first tokens are pending.

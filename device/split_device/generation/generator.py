@@ -210,9 +210,9 @@ class Generator:
         self._inbox.gather(lambda: bool(self._at_workers))
 
     def _admit(self) -> None:
-        """Begins waiting requests while there is memory for them, here and on the workers."""
-        while (admitted := self._requests.admit(self._now)) is not None:
-            self._begin(admitted)
+        """Begins waiting requests while there is memory for them, here and on the workers, and time."""
+        if not self._requests.admit_all(self._now, self._begin):
+            self._inbox.put(lambda: None)
 
     def _enter_tail(self) -> None:
         """Hands outputs of workers to the tail, except those that are delayed."""
