@@ -17,7 +17,7 @@ import tiny
 import tiny_vision
 from fleet import joined, running_broker, serving_here
 from split_common.cli.application import main
-from split_common.engine import scheduler
+from split_common.engine import forward_times, scheduler
 from split_common.errors import UnsupportedArchitecture, UnsupportedFeature
 from split_common.protocol import payloads
 from split_device import SplitModelForImageTextToText
@@ -134,7 +134,7 @@ def test_images_travel_in_chunks_and_are_replayed(
     """Neither a message, nor a forward, nor a block of the history ends within tokens that attend both ways."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 6 * 128)
     monkeypatch.setattr(history, "BLOCK_BYTES", 5 * 2 * 128)
-    monkeypatch.setattr(scheduler, "MAX_CHUNK", 7)
+    monkeypatch.setattr(forward_times, "MAX_CHUNK", 7)
     monkeypatch.setattr(scheduler, "DECODE_TOKENS", 4)
     checkpoint = tiny_vision.save(kind, tmp_path)
     given = tiny_vision.inputs(kind)
