@@ -71,7 +71,10 @@ def test_large_bodies_hold_up_no_small_one() -> None:
     """The large ones are parsed until the small one is, which comes last."""
     parts: Any = SimpleNamespace(adapters=SimpleNamespace(names=[]))
     loaded: Any = SimpleNamespace(
-        tokenizer=SimpleNamespace(chat_template=None), limit=1, model=SimpleNamespace(split_parts=parts)
+        tokenizer=SimpleNamespace(chat_template=None),
+        limit=1,
+        model=SimpleNamespace(split_parts=parts),
+        grammars=SimpleNamespace(prepare=lambda: None),
     )
     model, parsed = TextModel(loaded, ModelChoice(name="tiny"), "tiny"), threading.Event()
 

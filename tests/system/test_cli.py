@@ -379,8 +379,16 @@ NOBODY = ["--broker", "tcp://127.0.0.1:9", "--timeout", "0.3"]
     ],
 )
 def test_an_error_is_one_line_that_helps(
-    run: Any, checkpoint: Path, arguments: list[str], code: int, words: str
+    run: Any,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    words: str,
 ) -> None:
+    # Where no jobs are yet, whatever other tests have left.
+    monkeypatch.setenv("LAMBDA_SPLIT_STATE", str(tmp_path / "state"))
     arguments = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
     done = run(*arguments)
     assert (done.code, done.out) == (code, "")
