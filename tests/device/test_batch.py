@@ -467,6 +467,7 @@ def test_answers_that_are_not_used_with_other_settings_are_told(
     assert "note:" not in run(*command, "--max-tokens", 4).err
 
 
+@pytest.mark.long
 def test_ctrl_c_and_another_file(run: Any, checkpoint: Path, address: str, worker: None, tmp_path: Path) -> None:
     asked = [chat(str(index), f"Say {index}", max_tokens=200) for index in range(16)]
     source = write(tmp_path / "in.jsonl", *asked)

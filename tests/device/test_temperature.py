@@ -232,6 +232,7 @@ def test_a_server_answers_as_its_options_and_the_checkpoint_say(
         assert ask(facts, temperature=0) == unsplit.say(HELLO, TOKENS)
 
 
+@pytest.mark.long
 def test_a_server_may_answer_as_openai_does(checkpoint: Path, broker: str, unsplit: Unsplit) -> None:
     command = ["serve", "--port", "0", "--model", str(checkpoint), "--broker", broker, "--openai-defaults"]
     with running_command(command, env={"LAMBDA_SPLIT_API_KEY": KEY}) as (_, facts):

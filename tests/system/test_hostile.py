@@ -163,6 +163,7 @@ def test_lost_and_reordered_messages_cost_time_only(
         assert worker.counters["steps"] == STEPS + 1
 
 
+@pytest.mark.long
 def test_a_model_generates_the_same_tokens_past_forgeries(setting: Setting) -> None:
     prompt = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     wanted = tiny.build("llama").generate(prompt, max_new_tokens=30, do_sample=False)
