@@ -88,8 +88,7 @@ class Twins:
                 for index, count in counts.items()
             ]
             outputs.append(torch.cat(runner.run(runs)))
-        error = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
-        assert error < 5e-6
+        assert tiny.deviation(*outputs) < 5e-6
 
 
 @pytest.mark.numbers

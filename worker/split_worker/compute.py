@@ -222,7 +222,7 @@ class ComputeLoop:
         for step in self._scheduler.due():
             self._start(step)
         while (overdue := self._scheduler.overdue()) is not None:
-            if not self._evict_for(overdue, others=True):
+            if not self._evict_for(overdue, own=False):
                 self._scheduler.wait_on(overdue)
         while not self._stopping.is_set():
             chunks, starved = self._scheduler.next_batch()
@@ -368,15 +368,15 @@ class ComputeLoop:
 
     # --- memory --------------------------------------------------------------------------------------------
 
-    def _evict_for(self, starved: Step, others: bool = False) -> bool:
-        """Evicts a session to free memory for another one's step; of another member, if it is to be `others`.
+    def _evict_for(self, starved: Step, own: bool = True) -> bool:
+        """Evicts a session to free memory for another one's step. Returns whether there was one to evict.
 
-        Returns:
-            Whether there was one to evict.
+        Args:
+            own: as for `SessionTable.victim`.
         """
         left = starved.cost - sum(starved.done)
         with self._lock:
-            victim = self._sessions.victim(starved.request.session, left, own=not others)
+            victim = self._sessions.victim(starved.request.session, left, own)
             if victim is None:
                 return False
             self._sessions.evict(victim)

@@ -131,7 +131,7 @@ MAX_ENTRIES = 1024
 #: Most characters of all `bad_words` together: the tokens of each are looked at when a request begins.
 MAX_BAD_WORDS = 64 * 1024
 
-#: Most characters of all stop texts together: what may be the beginning of one is compared at every token.
+#: Most characters of all stop strings together: what may be the beginning of one is compared at every token.
 MAX_STOP = 64 * 1024
 
 #: Most log probabilities that are told of the prompts of one request: each takes some 600 bytes until it is sent.
