@@ -112,6 +112,7 @@ def load(model: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
         "chat_template.jinja",
+        "adapter_config.json",
     ],
 )
 def test_git_lfs_pointers_are_refused_by_name(model: Path, file: str) -> None:

@@ -178,10 +178,13 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
-    """Raises UnsupportedArchitecture for an adapter beside the weights, which transformers would load with them."""
-    try:
-        checkpoint.path("adapter_config.json")
-    except ModelError:
+    """Refuses an adapter beside the weights, which transformers would load with them.
+
+    Raises:
+        UnsupportedArchitecture: there is one.
+        ModelError: there may be one: its adapter_config.json is a Git LFS pointer, say.
+    """
+    if checkpoint.find("adapter_config.json") is None:
         return
     raise UnsupportedArchitecture(
         f"{checkpoint.name} has an adapter (adapter_config.json) beside its weights: merge it into them "
