@@ -330,13 +330,13 @@ def test_states_count_as_memory_of_each_sequence(arch: str, tmp_path: Path) -> N
     runner = make_runner(tmp_path, arch)
     store = runner.store
     row = store.new_sequence()
-    assert (row.cost(5), row.held_tokens) == (5 + store.sequence_tokens, 0)
+    assert (row.cost(5), store.held_by([row])) == (5 + store.sequence_tokens, 0)
     runner.run([TokenRun(row, torch.randn(5, runner.width), range(5))])
     unit = max(1, row.key_bytes // 5)  # type: ignore[attr-defined]
     assert store.sequence_tokens * unit >= 2 * row.state_bytes > 0  # type: ignore[attr-defined]
     assert row.cost(5) == 5
     twin = row.fork()
-    assert store.capacity - store.free == 2 * row.held_tokens == 2 * (5 + store.sequence_tokens)
+    assert store.capacity - store.free == 2 * store.held_by([row]) == 2 * (5 + store.sequence_tokens)
     assert store.freed_by([row, twin]) == store.capacity - store.free
     twin.free()
     row.truncate(0)

@@ -34,7 +34,7 @@ def test_a_sequence_grows_in_place_while_its_neighbour_is_free() -> None:
     for _ in range(3 * DEFAULT_PAGE_TOKENS):
         write(pool, sequence, 1, 1.0)
     assert sequence.contiguous
-    assert sequence.pages == [0, 1, 2]
+    assert sequence.pages.tolist() == [0, 1, 2]
 
 
 def test_a_second_sequence_leaves_the_first_room_to_grow() -> None:
@@ -71,7 +71,8 @@ def test_pages_are_freed_with_the_last_sequence_that_has_them() -> None:
     write(pool, alone, 1, 2.0)
     assert pool.freed_by([]) == pool.freed_by([first]) == pool.freed_by([second]) == 0
     assert pool.freed_by([first, alone]) == DEFAULT_PAGE_TOKENS
-    assert pool.freed_by([first, second]) == 2 * DEFAULT_PAGE_TOKENS
+    assert pool.freed_by([first, second]) == pool.held_by([first, second]) == 2 * DEFAULT_PAGE_TOKENS
+    assert pool.held_by([first]) == pool.held_by([second]) == 2 * DEFAULT_PAGE_TOKENS
     write(pool, second, 1, 3.0)
     # Each has a last page of its own now, and the first page is shared.
     assert pool.freed_by([first]) == DEFAULT_PAGE_TOKENS

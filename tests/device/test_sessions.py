@@ -491,12 +491,18 @@ def open_session(table: SessionTable, number: int, free: int = 10_000) -> Sessio
     return table.open((b"device00", 1, number, 0), FakeChannel(), Rows(), free)  # type: ignore[arg-type]
 
 
+def store(sequence_tokens: int = 0) -> Any:
+    """KV memory in which each sequence holds 16 tokens."""
+    held = lambda sequences: 16 * len(sequences)  # noqa: E731
+    return SimpleNamespace(sequence_tokens=sequence_tokens, held_by=held, freed_by=held)
+
+
 def test_table_is_bounded_by_sessions_and_by_memory() -> None:
     table = SessionTable(WorkerLimits(max_sessions=2))
     assert table.room(10_000) == 2
     assert table.room(table.limits.growth) == 1
     # States take memory beside that of tokens.
-    hybrid = SessionTable(WorkerLimits(max_sessions=2), sequence_tokens=1000)
+    hybrid = SessionTable(WorkerLimits(max_sessions=2), store(sequence_tokens=1000))
     assert hybrid.room(hybrid.limits.growth + 999) == 0
     assert hybrid.room(hybrid.limits.growth + 1000) == 1
     first = open_session(table, 1)
@@ -521,14 +527,14 @@ def test_sessions_without_kv_memory_are_bounded_by_their_number() -> None:
 
 
 def test_the_newest_session_gives_way_unless_one_is_idle() -> None:
-    table = SessionTable()
+    table = SessionTable(store=store())
     sessions = [open_session(table, number) for number in (1, 2, 3)]
     for each in sessions:
-        each.state.sequences = [SimpleNamespace(held_tokens=16)]  # type: ignore[list-item]
-    assert table.victim(sessions[0]) is sessions[2]
-    assert table.victim(sessions[2]) is None
+        each.state.sequences = [SimpleNamespace()]  # type: ignore[list-item]
+    assert table.victims(sessions[0]) == [sessions[2]]
+    assert not table.victims(sessions[2])
     sessions[0].used -= table.limits.evict_after + 1
-    assert table.victim(sessions[2]) is sessions[0]
+    assert table.victims(sessions[2]) == [sessions[0]]
 
 
 def test_idle_sessions_are_freed() -> None:

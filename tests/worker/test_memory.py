@@ -22,6 +22,7 @@ from split_common.engine.sequences import TokenRun
 from split_common.errors import Busy, OutOfOrder
 from split_common.models.split import Split
 from split_common.protocol import headers, payloads
+from split_worker.bodies import language
 from split_worker.bodies.language import LanguageBody
 from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
@@ -59,7 +60,7 @@ class Driver:
 
     def __init__(self, store: Any) -> None:
         self.body = LanguageBody(Layers(store), 0)  # type: ignore[arg-type]
-        self.table = SessionTable(WorkerLimits(growth=1))
+        self.table = SessionTable(WorkerLimits(growth=1), store)
         self.refused: list[str] = []
         self.loop = ComputeLoop(self.body, self.table, threading.RLock(), self.answer, lambda: None)
         self.seqs: dict[int, int] = {}
@@ -78,7 +79,9 @@ class Driver:
                 epoch_keys=lambda *_: None, peer=SimpleNamespace(name=f"device-{number % 3}")
             )
             try:
-                session = self.table.open(id_, channel, self.body.new_state(), self.body.store.free_tokens)
+                session = self.table.open(
+                    id_, channel, self.body.new_state(channel.peer.name), self.body.store.free_tokens
+                )
             except Busy:
                 return
             self.seqs[number] = 0
@@ -93,6 +96,10 @@ class Driver:
 
     def session(self, number: int) -> Any:
         return self.table.get((b"device%02d" % (number % 3), 1, number, 0))
+
+    def held(self, number: int) -> int:
+        """Tokens that a session holds."""
+        return int(self.body.store.held_by(self.session(number).state.sequences))
 
     def close(self, number: int) -> None:
         self.table.close((b"device%02d" % (number % 3), 1, number, 0))
@@ -159,7 +166,7 @@ def test_all_memory_comes_back(store: Any, acts: list[tuple[int, Any]]) -> None:
         driver.close(number)
     driver.turn()
     assert driver.body.store.free == before
-    assert driver.loop.queued_bytes == 0
+    assert driver.loop.queued_bytes == driver.body._further.total == 0
 
 
 def test_steps_that_take_no_more_memory_do_not_keep_it_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +188,7 @@ def test_steps_that_take_no_more_memory_do_not_keep_it_from_others(monkeypatch: 
         driver.turn()
         if not driver.loop._scheduler.busy_sessions() - {driver.session(number) for number in (0, 3)}:
             break
-    assert driver.session(1).state.held_tokens
+    assert driver.held(1)
     assert [driver.session(number) is None for number in (0, 3)].count(True) == 1
     assert driver.loop.counters["evictions"] == 1
 
@@ -201,7 +208,7 @@ def test_steps_without_a_forward_are_not_waited_for(monkeypatch: pytest.MonkeyPa
     driver.send(1, payloads.Step("float32", WIDTH, [payloads.Run(0, 0, [0])]))
     driver.turn()
     assert time.perf_counter() - began < 30.0
-    assert driver.session(1).state.held_tokens
+    assert driver.held(1)
 
 
 @pytest.mark.parametrize("store", [paged_store, cache_store])
@@ -212,3 +219,82 @@ def test_only_the_first_request_of_a_session_makes_it_a_copy(store: Any) -> None
         driver.send(number, payload)
         driver.turn()
     assert driver.refused == ["malformed", "malformed"]
+
+
+def prompt(tokens: int) -> payloads.Step:
+    return payloads.Step("float32", WIDTH, [payloads.Run(0, 0, list(range(tokens)))])
+
+
+@pytest.mark.parametrize("store", [paged_store, cache_store])
+def test_rows_beyond_one_for_each_session_are_shared_by_member(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language, "FURTHER_ROWS", 12)
+    driver = Driver(store())
+
+    def answered(number: int, payload: payloads.AnyRequest) -> bool:
+        driver.refused.clear()
+        driver.send(number, payload)
+        driver.turn()
+        assert driver.refused in ([], ["busy"])
+        return not driver.refused
+
+    def select(rows: list[int]) -> payloads.Step:
+        return payloads.Step("float32", WIDTH, [payloads.Run(0, 4, [4])], rows)
+
+    def beams(start: int, rows: list[int]) -> payloads.Step:
+        runs = [payloads.Run(row, start, [start]) for row in range(len(rows))]
+        return payloads.Step("float32", WIDTH, runs, rows)
+
+    assert answered(0, prompt(5))
+    assert answered(0, select([0] * 9))
+    # Copies of a session have as many rows as it has.
+    assert not answered(3, payloads.Fork(0, 0))
+    assert not answered(0, select([0] * 14))
+    for number in (1, 2):
+        assert answered(number, prompt(5))
+        assert answered(number, beams(5, [0] * 5))
+        assert answered(number, beams(6, [0, 0, 1, 1, 2]))
+    # Who has more than its share keeps what it has.
+    assert not answered(0, select([0] * 10))
+    assert answered(0, select([8] * 9))
+    assert answered(0, select([0]))
+    assert answered(6, payloads.Fork(0, 0))
+    assert driver.body._further.total == 8
+
+
+def test_what_kept_sessions_hold_is_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(paged_store())
+    counted: list[int] = []
+    freed_by = driver.body.store.freed_by
+    monkeypatch.setattr(driver.body.store, "freed_by", lambda rows: counted.append(len(rows)) or freed_by(rows))
+    driver.send(0, prompt(20))
+    driver.turn()
+    for number in (3, 6, 9):
+        driver.send(number, payloads.Fork(0, 0))
+        driver.turn()
+        driver.table.keep(driver.session(number).id)
+    assert driver.table._kept_tokens() == 0
+    driver.table.keep(driver.session(0).id)
+    counted.clear()
+    assert driver.table._kept_tokens() == 32
+    assert counted == [4]
+
+
+def test_sessions_give_way_whose_memory_is_free_then() -> None:
+    driver = Driver(paged_store())
+    page = 16
+    for number, payload in (
+        (0, prompt(14 * page)),
+        (3, prompt(6 * page)),
+        *((number, payloads.Fork(0, 0)) for number in (6, 9, 12)),
+        (1, prompt(8 * page)),
+    ):
+        driver.send(number, payload)
+        driver.turn()
+    # The newer ones are copies, whose pages others have.
+    assert driver.held(1) == 8 * page
+    assert [number for number in (0, 3, 6, 9, 12) if driver.session(number) is None] == [3]
+    driver.send(2, prompt(10 * page))
+    driver.turn()
+    assert driver.held(2) == 10 * page
+    assert [number for number in (0, 1, 6, 9, 12) if driver.session(number) is None] == [0, 6, 9, 12]
+    assert driver.loop.counters["evictions"] == 5

@@ -369,21 +369,21 @@ class ComputeLoop:
     # --- memory --------------------------------------------------------------------------------------------
 
     def _evict_for(self, starved: Step, own: bool = True) -> bool:
-        """Evicts a session to free memory for another one's step. Returns whether there was one to evict.
+        """Evicts sessions to free memory for another one's step. Returns whether there were some to evict.
 
         Args:
-            own: as for `SessionTable.victim`.
+            own: as for `SessionTable.victims`.
         """
         left = starved.cost - sum(starved.done)
         with self._lock:
-            victim = self._sessions.victim(starved.request.session, left, own)
-            if victim is None:
-                return False
-            self._sessions.evict(victim)
-        log.info("session %s of device %s evicted", victim.label, victim.member)
-        self.counters["evictions"] += 1
-        self._drop(victim, Evicted("the session's memory went to another one"))
-        return True
+            victims = self._sessions.victims(starved.request.session, left, own)
+            for victim in victims:
+                self._sessions.evict(victim)
+        for victim in victims:
+            log.info("session %s of device %s evicted", victim.label, victim.member)
+            self.counters["evictions"] += 1
+            self._drop(victim, Evicted("the session's memory went to another one"))
+        return bool(victims)
 
     def _free_closed(self) -> None:
         with self._lock:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from split_common.engine.sequences import KVSequence, KVStore
 from split_common.errors import Busy, OutOfOrder
 from split_common.protocol import headers
 from split_common.protocol.channel import Channel, EpochKeys
@@ -114,13 +116,14 @@ class SessionTable:
 
     Args:
         limits: None for the default.
-        sequence_tokens: tokens whose memory a session's row takes beside that of its own tokens.
+        store: the sessions' KV memory; None if they take none.
     """
 
-    def __init__(self, limits: WorkerLimits | None = None, sequence_tokens: int = 0) -> None:
+    def __init__(self, limits: WorkerLimits | None = None, store: KVStore | None = None) -> None:
         self.limits = limits or WorkerLimits()
+        self._store = store
         # Tokens of memory by which a session is expected to grow at least.
-        self._growth = self.limits.growth + sequence_tokens
+        self._growth = self.limits.growth + (store.sequence_tokens if store is not None else 0)
         self._sessions: dict[SessionId, Session[Any]] = {}
         self._ages = itertools.count()
         #: Closed sessions that have not been freed.
@@ -148,7 +151,7 @@ class SessionTable:
     def _unused(self, free_tokens: int | None) -> int:
         allowed = self.limits.max_sessions
         if free_tokens is not None:
-            allowed = min(allowed, (free_tokens + int(self._kept_tokens())) // self._growth)
+            allowed = min(allowed, (free_tokens + self._kept_tokens()) // self._growth)
         return max(0, allowed - len(self._sessions) + self.kept_sessions)
 
     def _has_room_for_others(self) -> bool:
@@ -188,7 +191,7 @@ class SessionTable:
 
     def _close_one_for(self, member: str) -> None:
         """Closes a session so that a member may open one. Raises Busy if none gives way."""
-        victim = self._first_to_go()
+        victim = self._next_to_go()
         if victim is None and self._open[largest := self._open.largest() or member] > self._open[member] + 1:
             victim = max(
                 (each for each in self._sessions.values() if each.member == largest), key=lambda each: each.age
@@ -200,20 +203,23 @@ class SessionTable:
     def _check_memory(self, member: str, tokens: int) -> None:
         """Raises Busy if a member's new session would get no memory, because no other has a larger share."""
         used = self._tokens()
-        if max(used.values(), default=0.0) > used.get(member, 0.0) + tokens:
+        if max(used.values(), default=0) > used.get(member, 0) + tokens:
             # The compute loop evicts a session once the first step needs its memory.
             return
-        if (idle := self._first_to_go()) is not None:
+        if (idle := self._next_to_go()) is not None:
             # It makes room for the device's next try.
             self.close(idle.id)
         raise Busy(NO_ROOM, retry_after=FULL_RETRY)
 
-    def _tokens(self) -> dict[str, float]:
+    def _tokens(self) -> dict[str, int]:
         """Tokens that the sessions of each member hold in KV memory."""
-        tokens: dict[str, float] = {}
-        for session in self._sessions.values():
-            tokens[session.member] = tokens.get(session.member, 0.0) + session.state.held_tokens
-        return tokens
+        return {member: self._held(own) for member, own in _by_member(self._sessions.values()).items()}
+
+    def _held(self, sessions: Iterable[Session[Any]]) -> int:
+        return self._store.held_by(sequences_of(sessions)) if self._store is not None else 0
+
+    def _freed(self, sessions: Iterable[Session[Any]]) -> int:
+        return self._store.freed_by(sequences_of(sessions)) if self._store is not None else 0
 
     def answered(self, session: Session[Any], frames: Frames) -> None:
         """Keeps a reply of a session, which may have to be sent again.
@@ -244,52 +250,65 @@ class SessionTable:
         if more := session.kept - before:
             self._kept.add(session.member, more)
 
-    def victim(self, asking: Session[Any], tokens: int = 0, own: bool = True) -> Session[Any] | None:
-        """Chooses a session to evict for a step of `asking` that needs this many more tokens.
+    def victims(self, asking: Session[Any], tokens: int = 0, own: bool = True) -> list[Session[Any]]:
+        """Chooses sessions to evict for a step of `asking` that needs this many more tokens.
 
-        One that is kept goes first, then an idle one. Then the newest one of the member that holds most, if that
-        is more than the asking member would hold; or else the newest one of the asking member, if it is newer than
-        `asking`.
+        That is one; or several that share all their memory, because one of them would free none. Those that are
+        kept go first, then idle ones. Then the newest of the member that holds most, if that is more than the
+        asking member would hold; or else the newest of the asking member, if they are newer than `asking`.
 
         Args:
             own: whether sessions of the asking member may go though they are neither kept nor idle.
         """
-        if (idle := self._first_to_go()) is not None and idle is not asking:
-            return idle
-        others = [each for each in self._sessions.values() if each is not asking and each.state.holds_memory]
+        for order in self._first_to_go():
+            if chosen := self._freeing([each for each in order if each is not asking]):
+                return chosen
+        newest = sorted(self._sessions.values(), key=lambda each: each.age, reverse=True)
+        others = _by_member(each for each in newest if each is not asking and each.state.holds_memory)
         member = asking.member
-        if any(each.member != member for each in others):
+        mine = others.pop(member, [])
+        if others:
             used = self._tokens()
-            used[member] = used.get(member, 0.0) + tokens
+            used[member] = used.get(member, 0) + tokens
             largest = max(used, key=lambda each: (used[each], each == member))
             if largest != member:
-                return max((each for each in others if each.member == largest), key=lambda each: each.age)
-        if not own:
-            return None
-        newest = max((each for each in others if each.member == member), key=lambda each: each.age, default=None)
-        return newest if newest is not None and newest.age > asking.age else None
+                return self._freeing(others[largest])
+        return self._freeing([each for each in mine if each.age > asking.age]) if own else []
 
-    def _first_to_go(self) -> Session[Any] | None:
-        """A session that gives way to any other: a kept one, of the member that keeps most; or else an idle one."""
-        if kept := self._kept_by_member():
-            own = max(kept.values(), key=lambda sessions: sum(each.state.held_tokens for each in sessions))
-            return min(own, key=lambda session: session.used)
-        return min(filter(self._is_idle, self._sessions.values()), key=lambda session: session.used, default=None)
+    def _freeing(self, order: list[Session[Any]]) -> list[Session[Any]]:
+        """Of sessions, in the order in which they would go: the fewest first ones whose going frees memory.
+
+        Only the last one of these, if that is enough. None if all together free nothing.
+        """
+        least = self._freed(self.closed) + 1
+        few = bisect_left(
+            range(len(order)), least, key=lambda last: self._freed([*self.closed, *order[: last + 1]])
+        )
+        if few == len(order):
+            return []
+        is_enough = self._freed([*self.closed, order[few]]) >= least
+        return [order[few]] if is_enough else order[: few + 1]
+
+    def _first_to_go(self) -> Iterator[list[Session[Any]]]:
+        """Sessions that give way to any other: kept ones, of the member that keeps most first; then idle.
+
+        Each list begins with the one that was used least recently.
+        """
+        kept = _by_member(session for session in self._sessions.values() if session.is_kept)
+        idle = list(filter(self._is_idle, self._sessions.values()))
+        for sessions in [*sorted(kept.values(), key=self._held, reverse=True), idle]:
+            if sessions:
+                yield sorted(sessions, key=lambda session: session.used)
+
+    def _next_to_go(self) -> Session[Any] | None:
+        return next((order[0] for order in self._first_to_go()), None)
 
     def _is_idle(self, session: Session[Any]) -> bool:
         return session.done == session.expected and time.monotonic() - session.used > self.limits.evict_after
 
-    def _kept_by_member(self) -> dict[str, list[Session[Any]]]:
-        kept: dict[str, list[Session[Any]]] = {}
-        for session in self._sessions.values():
-            if session.is_kept:
-                kept.setdefault(session.member, []).append(session)
-        return kept
-
-    def _kept_tokens(self) -> float:
+    def _kept_tokens(self) -> int:
         """Tokens of KV memory that would be free without the sessions that are kept."""
-        held: list[float] = [each.state.held_tokens for each in self._sessions.values() if each.is_kept]
-        return sum(held)
+        return self._freed(each for each in self._sessions.values() if each.is_kept)
 
     @property
     def kept_sessions(self) -> int:
@@ -298,12 +317,12 @@ class SessionTable:
 
     def keep(self, id_: SessionId) -> None:
         """Holds a session for copies alone, if there is one with this id. Those above the limit are closed."""
-        if (session := self._sessions.get(id_)) is None:
+        if (session := self._sessions.get(id_)) is None or session.is_kept:
             return
         session.is_kept = True
         self._forget(session, session.expected)
         most = self.limits.kept_tokens
-        while most is not None and self._kept_tokens() > most and (first := self._first_to_go()) is not None:
+        while most is not None and self._kept_tokens() > most and (first := self._next_to_go()) is not None:
             self.close(first.id)
 
     def touch(self, id_: SessionId) -> None:
@@ -338,3 +357,15 @@ class SessionTable:
         """Closes sessions that have been idle for `idle_timeout` seconds."""
         now = time.monotonic()
         self.close_where(lambda id_: now - self._sessions[id_].used > self.limits.idle_timeout)
+
+
+def sequences_of(sessions: Iterable[Session[Any]]) -> list[KVSequence]:
+    """What sessions hold in KV memory."""
+    return [sequence for session in sessions for sequence in list(session.state.sequences)]
+
+
+def _by_member(sessions: Iterable[Session[Any]]) -> dict[str, list[Session[Any]]]:
+    by_member: dict[str, list[Session[Any]]] = {}
+    for session in sessions:
+        by_member.setdefault(session.member, []).append(session)
+    return by_member

@@ -31,7 +31,7 @@ from split_worker.compute import ComputeLoop
 from split_worker.limits import WorkerLimits
 from split_worker.repeats import Repeats
 from split_worker.requests import PendingRequest
-from split_worker.sessions import Session, SessionId, SessionTable
+from split_worker.sessions import Session, SessionId, SessionTable, sequences_of
 from split_worker.set_ups import ChannelId, SetUps
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Worker:
         self._identity = identity
         self._fleet = fleet
         self._transport = transport
-        self._sessions = SessionTable(limits, body.store.sequence_tokens if body.store is not None else 0)
+        self._sessions = SessionTable(limits, body.store)
         self._lacks = body.lacks if self._sessions.limits.kept_tokens != 0 else body.lacks | {KEEP}
         self._repeats = Repeats(self._sessions.limits)
         # Requests for sessions that are not open: each makes the worker derive keys, perhaps for nothing.
@@ -356,8 +356,7 @@ class Worker:
         store = self._body.store
         if store is None:
             return None
-        closed = [row for session in list(self._sessions.closed) for row in list(session.state.sequences)]
-        return store.free_tokens + store.freed_by(closed)
+        return store.free_tokens + store.freed_by(sequences_of(list(self._sessions.closed)))
 
     def _end_epochs(self, channel: OpenChannel, header: headers.Relay) -> None:
         """Closes earlier epochs of a device's session, whose requests are refused from now on."""

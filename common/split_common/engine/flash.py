@@ -80,7 +80,7 @@ def make_tables(
         scratch: the page that fills unused entries of the block table.
     """
     missing = rows - len(spans)
-    held = [span.sequence.pages for span in spans] + [[]] * missing
+    held = [span.sequence.pages.tolist() for span in spans] + [[]] * missing
     block_table = np.array([row + [scratch] * (pages - len(row)) for row in held], dtype=np.int32)
     seqused_k = np.array([span.sequence.length for span in spans] + [1] * missing, dtype=np.int32)
     cu_seqlens_k = np.append(block_table[:, 0] * FLASH_PAGE_TOKENS, 0).astype(np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,13 +77,17 @@ class CachedSequence:
     when it is truncated, it returns to the snapshot, and the next forward runs the inputs again that are kept.
     """
 
-    def __init__(self, store: CacheStore, cache: DynamicCache) -> None:
+    def __init__(self, store: CacheStore) -> None:
         self._store = store
-        self.cache = cache
         self.length = 0
         #: How many tokens the cache has seen: all, or those of the snapshot.
         self._seen = 0
         self._snapshot: Snapshot | None = None
+
+    @functools.cached_property
+    def cache(self) -> DynamicCache:
+        """Made when it is needed, because rows may stay empty."""
+        return self._store.new_cache()
 
     @property
     def key_bytes(self) -> int:
@@ -93,10 +98,6 @@ class CachedSequence:
     def state_bytes(self) -> int:
         """Bytes of its states, without the snapshot."""
         return sum(map(state_bytes, self._layers))
-
-    @property
-    def held_tokens(self) -> float:
-        return self._store.tokens_of(self.length)
 
     def cost(self, tokens: int) -> int:
         return self._store.tokens_of(self.length + tokens) - self._store.tokens_of(self.length)
@@ -184,11 +185,13 @@ class CachedSequence:
         self._count()
 
     def fork(self) -> CachedSequence:
+        twin = CachedSequence(self._store)
+        if not self.length:
+            return twin
         # Keys and values are shared: a cache that grows makes new ones.
-        cache = copy.copy(self.cache)
+        twin.cache = copy.copy(self.cache)
         copies = {id(layer): copy_layer(layer) for layer in self.cache.layers}
-        cache.layers = [copies[id(layer)] for layer in self.cache.layers]
-        twin = CachedSequence(self._store, cache)
+        twin.cache.layers = [copies[id(layer)] for layer in self.cache.layers]
         twin._resize(self.length)
         twin._seen = self._seen
         # States of a snapshot do not change; its inputs are replaced when they do.
@@ -199,7 +202,7 @@ class CachedSequence:
         self._resize(0)
         self._seen = 0
         self._snapshot = None
-        self.cache = self._store.new_cache()
+        self.__dict__.pop("cache", None)
 
     def _resize(self, length: int) -> None:
         self._store.used += self._store.tokens_of(length) - self._store.tokens_of(self.length)
@@ -246,9 +249,11 @@ class CacheStore:
 
     free_tokens = free
 
-    def freed_by(self, sequences: Sequence[CachedSequence]) -> int:
-        """Tokens that would be free besides, without these sequences of it."""
+    def held_by(self, sequences: Sequence[CachedSequence]) -> int:
+        """Tokens of memory that these sequences of it hold, and that would be free besides without them."""
         return sum(self.tokens_of(sequence.length) for sequence in sequences)
+
+    freed_by = held_by
 
     def tokens_of(self, length: int) -> int:
         """Tokens of memory that a sequence of `length` tokens takes."""
@@ -267,7 +272,7 @@ class CacheStore:
         self.sequence_tokens = -(-2 * state_bytes // unit)
 
     def new_sequence(self) -> CachedSequence:
-        return CachedSequence(self, self.new_cache())
+        return CachedSequence(self)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache, with a cache layer of the right kind at each index of the body."""

@@ -8,6 +8,7 @@ so that it and its neighbours can grow.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,8 @@ class PagedSequence:
     """A sequence whose tokens are in pages of a pool (a `KVSequence`)."""
 
     pool: PagePool
-    pages: list[int] = field(default_factory=list)
+    #: In an array, because many sequences may share many pages.
+    pages: array[int] = field(default_factory=lambda: array("q"))
     length: int = 0
     #: Whether its pages are adjacent and in order.
     contiguous: bool = True
@@ -106,16 +108,11 @@ class PagedSequence:
     def fork(self) -> PagedSequence:
         """Returns a sequence with the same tokens. The two share each page until one of them writes to it."""
         self.pool.share(self.pages)
-        return PagedSequence(self.pool, list(self.pages), self.length, self.contiguous)
+        return PagedSequence(self.pool, self.pages[:], self.length, self.contiguous)
 
     def free(self) -> None:
         """Returns all pages to the pool."""
         self.truncate(0)
-
-    @property
-    def held_tokens(self) -> float:
-        """Tokens that fit into its pages. A page that n sequences share counts for each as the n-th part."""
-        return self.pool.page_tokens * self.pool.parts(list(self.pages))
 
     def cost(self, tokens: int) -> int:
         """How many pages appending `tokens` tokens takes from the pool."""
@@ -224,11 +221,17 @@ class PagePool:
         """Tokens that fit into the free pages."""
         return self.free * self.page_tokens
 
+    def held_by(self, sequences: Sequence[PagedSequence]) -> int:
+        """Tokens that fit into the pages of these sequences of it. Any thread may call it."""
+        return int(np.count_nonzero(_owners(sequences))) * self.page_tokens
+
     def freed_by(self, sequences: Sequence[PagedSequence]) -> int:
-        """Tokens that would be free besides, without these sequences of it. What others share with them stays."""
-        pages = [page for sequence in sequences for page in list(sequence.pages)]
-        found, counts = np.unique(np.array(pages, dtype=np.int64), return_counts=True)
-        return int((self._references[found] <= counts).sum()) * self.page_tokens
+        """Tokens that would be free besides, without these sequences of it. What others share with them stays.
+
+        Any thread may call it.
+        """
+        owners = _owners(sequences)
+        return int(((owners > 0) & (self._references[: len(owners)] <= owners)).sum()) * self.page_tokens
 
     def reserve(self) -> int:
         """Takes a page that no sequence will own. Raises OutOfPages if none is free."""
@@ -265,21 +268,19 @@ class PagePool:
             for storage in (keys, values):
                 storage.index_copy_(0, there, storage.index_select(0, here))
 
-    def share(self, pages: list[int]) -> None:
+    def share(self, pages: array[int]) -> None:
         """Adds an owner to each page."""
         self._references[pages] += 1
 
-    def release(self, pages: list[int]) -> None:
+    def release(self, pages: Sequence[int]) -> None:
         """Removes an owner from each page. Pages without owners are free."""
-        self._references[pages] -= 1
-        self.free += int((self._references[pages] == 0).sum()) if pages else 0
+        if pages:
+            indices = np.asarray(pages)
+            self._references[indices] -= 1
+            self.free += int((self._references[indices] == 0).sum())
 
     def is_shared(self, page: int) -> bool:
         return bool(self._references[page] > 1)
-
-    def parts(self, pages: list[int]) -> float:
-        """The sum of one owner's parts of these pages. Any thread may call it."""
-        return float((1 / np.maximum(self._references[pages], 1)).sum()) if pages else 0.0
 
     def _middle_of_largest_gap(self) -> int:
         """A free page in the used part of the pool, which grows while it has no gap of `GAP_PAGES` pages."""
@@ -298,8 +299,14 @@ class PagePool:
         return first if largest == 0 else first + int(gaps[largest]) // 2
 
 
-def _follow(pages: list[int]) -> bool:
+def _follow(pages: Sequence[int]) -> bool:
     return all(later == earlier + 1 for earlier, later in itertools.pairwise(pages))
+
+
+def _owners(sequences: Sequence[PagedSequence]) -> np.ndarray:
+    """How many of these sequences have each page, by the page's number, up to the last page that one has."""
+    pages = b"".join([sequence.pages.tobytes() for sequence in sequences])
+    return np.bincount(np.frombuffer(pages, dtype=np.int64))
 
 
 class ProbePool(PagePool):

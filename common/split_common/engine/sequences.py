@@ -18,10 +18,6 @@ class KVSequence(Protocol):
     def length(self) -> int:
         """How many tokens it holds."""
 
-    @property
-    def held_tokens(self) -> float:
-        """Tokens of memory that it holds. A page that n sequences share counts for each as the n-th part."""
-
     def cost(self, tokens: int) -> int:
         """Memory that appending `tokens` tokens takes, in units of the store's `free`."""
 
@@ -59,6 +55,9 @@ class KVStore(Protocol):
     @property
     def free_tokens(self) -> int:
         """Tokens that fit into the free memory."""
+
+    def held_by(self, sequences: Sequence[Any]) -> int:
+        """Tokens of memory that these sequences of it hold. What several of them share counts once."""
 
     def freed_by(self, sequences: Sequence[Any]) -> int:
         """Tokens that would be free besides, without these sequences of it. What others share with them stays."""

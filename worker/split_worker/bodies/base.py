@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from split_common.engine.sequences import KVStore, Run
+from split_common.engine.sequences import KVSequence, KVStore, Run
 from split_common.protocol import payloads
 
 
@@ -23,11 +23,11 @@ class SessionState(Protocol):
         """Whether `free` would free KV memory."""
 
     @property
-    def held_tokens(self) -> float:
-        """Tokens of KV memory that it holds. What several sessions share counts for each in part."""
+    def sequences(self) -> Sequence[KVSequence]:
+        """What it holds in KV memory. Any thread may read it."""
 
     def fork(self) -> SessionState:
-        """Returns a copy for another session."""
+        """Returns a copy for another session of the same member. Raises Busy if that would have too many rows."""
 
     def commit(self) -> None:
         """Called when the step that was begun last has been answered."""
@@ -91,6 +91,7 @@ class Body(Protocol[_State, _Run]):
             Oversized: the request or its answer is too large.
             NonFinite: its tensors hold NaN or infinity.
             PromptTooLong: a row would exceed the model's positions or the KV memory.
+            Busy: the session's member has too many rows.
             NeedEmbeddings: embeddings or earlier parts that it builds on are not held.
             Evicted: the session's state cannot be taken back to where the request begins.
         """

@@ -26,7 +26,7 @@ class ImageState:
     """
 
     holds_memory = False
-    held_tokens = 0.0
+    sequences = ()
 
     def __init__(self, held: HeldArrays, member: str = "") -> None:
         self._held = held

@@ -11,12 +11,13 @@ from split_common.engine.forward import Forward
 from split_common.engine.native import compiler, failed, instruction_set
 from split_common.engine.runner import Runner
 from split_common.engine.sequences import KVSequence, TokenRun
-from split_common.errors import Malformed, Oversized, PromptTooLong, UnknownAdapter
+from split_common.errors import Busy, Malformed, Oversized, PromptTooLong, UnknownAdapter
 from split_common.models.codecs import CODECS, EXACT
 from split_common.models.codecs.base import Codec
 from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
 from split_common.protocol.capabilities import INDIVISIBLE, TREES, UNPADDED
+from split_common.trust.shares import Usage
 from split_worker.bodies.branches import branches, check_branches
 from split_worker.bodies.placement import check_placement, placements
 from split_worker.bodies.spread import PlacedRange
@@ -25,15 +26,30 @@ from split_worker.watchdog import FIRST_TURN
 #: Most rows that one session may have.
 MAX_SESSION_ROWS = 256
 
+#: Most rows that all sessions may have beyond one for each.
+FURTHER_ROWS = 4096
+
+#: Seconds after which a device may repeat a step that was refused because there are too many rows.
+ROWS_RETRY = 0.5
+
 #: Tokens per session for which a worker reports how many sessions fit into its memory.
 SESSION_TOKENS = 2048
 
 
 class Rows:
-    """The rows of a session, each with keys, values and states of its own (a `SessionState`)."""
+    """The rows of a session, each with keys, values and states of its own (a `SessionState`).
 
-    def __init__(self) -> None:
+    Args:
+        further: rows of each member's sessions beyond one for each session.
+        member: whose session it is.
+    """
+
+    def __init__(self, further: Usage | None = None, member: str = "") -> None:
         self.sequences: list[KVSequence] = []
+        self._further = further if further is not None else Usage()
+        self._member = member
+        #: How many of these rows are this session's.
+        self._counted = 0
         #: The number of the session's adapter; None without one.
         self.adapter: int | None = None
         #: Why the session did not get the adapter that it asked for; its steps are refused, too.
@@ -45,10 +61,6 @@ class Rows:
     def holds_memory(self) -> bool:
         return bool(self.sequences)
 
-    @property
-    def held_tokens(self) -> float:
-        return sum(sequence.held_tokens for sequence in list(self.sequences))
-
     def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
         """Prepares the rows for a step over states `[tokens, width]`: selects and truncates them as it says.
 
@@ -58,13 +70,15 @@ class Rows:
         Raises:
             Malformed: rows, positions or width do not fit the session; nothing was changed.
             PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
+            Busy: there are too many rows, and the member has more than its share of them; nothing was changed.
             Evicted: a row has states that cannot be taken back to the step's start.
         """
         source = list(range(len(self.sequences))) if step.select is None else step.select
         self._check(step, source, runner)
+        wanted = max((run.row + 1 for run in step.rows), default=0)
+        self._count(max(len(self.sequences), len(source), wanted))
         if step.select is not None:
             self._select(step.select)
-        wanted = max((run.row + 1 for run in step.rows), default=0)
         self.sequences += [runner.store.new_sequence() for _ in range(wanted - len(self.sequences))]
         parts = torch.split(states, [len(run.positions) for run in step.rows])
         runs = []
@@ -106,13 +120,24 @@ class Rows:
 
     def _select(self, select: list[int]) -> None:
         """Makes row `select[i]` row i. A row that is selected twice is forked."""
-        self._before = self.sequences
-        self.sequences = [
-            self._before[old].fork() if old in select[:new] else self._before[old] for new, old in enumerate(select)
-        ]
+        self._before, taken = self.sequences, set[int]()
+        self.sequences = []
+        for old in select:
+            row = self._before[old]
+            self.sequences.append(row.fork() if old in taken else row)
+            taken.add(old)
+
+    def _count(self, rows: int) -> None:
+        """Counts rows that it is to have. Raises Busy if its member would have too many."""
+        more = max(0, rows - 1) - self._counted
+        if more > 0 and self._further[self._member] + more > self._further.level(FURTHER_ROWS, self._member, more):
+            raise Busy("the worker has too many rows", retry_after=ROWS_RETRY)
+        self._further.add(self._member, more)
+        self._counted += more
 
     def fork(self) -> Rows:
-        twin = Rows()
+        twin = Rows(self._further, self._member)
+        twin._count(len(self.sequences))
         twin.sequences = [sequence.fork() for sequence in self.sequences]
         twin.adapter = self.adapter
         return twin
@@ -121,22 +146,26 @@ class Rows:
         """Frees the rows that the step did not select."""
         _free_all_but(self.sequences, self._before)
         self._before = []
+        self._count(len(self.sequences))
 
     def undo(self) -> None:
         """Reverts the step's selection."""
         if self._before:
             _free_all_but(self._before, self.sequences)
             self.sequences, self._before = self._before, []
+        self._count(len(self.sequences))
 
     def free(self) -> None:
         self.undo()
         _free_all_but([], self.sequences)
         self.sequences = []
+        self._count(0)
 
 
 def _free_all_but(kept: list[KVSequence], sequences: list[KVSequence]) -> None:
+    here = set(map(id, kept))
     for sequence in sequences:
-        if all(sequence is not other for other in kept):
+        if id(sequence) not in here:
             sequence.free()
 
 
@@ -165,6 +194,7 @@ class LanguageBody:
         self.quantization = quantization
         self.adapters = adapters
         self.ranges = ranges
+        self._further = Usage()
         self._numbers = {adapter.root: number for number, adapter in enumerate(adapters)}
         self.parameter_bytes = parameter_bytes
         self.store = runner.store
@@ -175,7 +205,7 @@ class LanguageBody:
         self.lacks = frozenset(kind for kind, has in kinds.items() if not has)
 
     def new_state(self, member: str = "") -> Rows:
-        return Rows()
+        return Rows(self._further, member)
 
     def begin(self, state: Rows, request: payloads.AnyRequest, data: memoryview) -> list[TokenRun[Any]]:
         if isinstance(request, payloads.UseAdapter):
