@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ from benchmarks.models import IDENTICAL, REFUSED, UNAVAILABLE, WRONG
 from benchmarks.named_models import MODELS
 from benchmarks.workers import DidNotStart, Workers
 from split_common import errors
+from split_common.cli import main as command
 from split_common.errors import SplitError
 from split_device import SplitModelForCausalLM
+from split_device.cli.doctor_model import model_findings
 from split_worker.bodies.language import SESSION_TOKENS
 
 #: Bytes of memory for keys and values that `Workers` gives each worker.
@@ -45,8 +49,9 @@ def examine(name: str, broker: str, workers: Workers) -> dict[str, str]:
             split = SplitModelForCausalLM.from_pretrained(model, broker=broker, dtype="float32", patience=PATIENCE)
             pair.split = stack.enter_context(split)
         except Exception as error:
-            return {"load": said(error)}
-        return pair.outcomes()
+            return {"load": said(error), "foretold": foretold(model, None, said(error))}
+        outcomes = pair.outcomes()
+        return {**outcomes, "foretold": foretold(model, pair.packed, outcomes.get("padded", ""))}
 
 
 class Pair:
@@ -58,6 +63,8 @@ class Pair:
         self._workers = workers
         #: Set once a worker serves it.
         self.split: Any = None
+        #: Whether the worker runs many sessions in one forward.
+        self.packed = False
         self._worker = b""
 
     def __enter__(self) -> Pair:
@@ -135,6 +142,37 @@ class Pair:
 
     def _start(self, kv_bytes: int) -> None:
         self._worker = self._workers.start("--model", str(self._model), "--kv-memory", str(kv_bytes))
+        self.packed = self._workers.facts[self._worker]["packed"]
+
+
+def foretold(model: Path, packed: bool | None, outcome: str) -> str:
+    """Whether `inspect` and `doctor --model` say of a model what became of it.
+
+    Args:
+        packed: whether a worker runs many sessions in one forward; None if the model cannot be loaded.
+        outcome: of padded rows, or of loading it.
+    """
+    try:
+        found = {finding.subject: finding for finding in model_findings(str(model))}
+        shown = inspected(model)
+    except Exception as error:
+        return f"{WRONG}doctor: {type(error).__name__}: {_one_line(error)}"
+    detail, status = found["model"].detail, found["model"].status
+    if packed is None:
+        same = status == "problem" and outcome == f"{REFUSED}{detail}" == f"{REFUSED}{shown['error']['message']}"
+    else:
+        same = status == ("ok" if packed else "note") and (shown["one_at_a_time"] or "") in detail
+        same = same and outcome.startswith(REFUSED) == ("padding" in found)
+    return IDENTICAL if same else f"{WRONG}doctor says {status}: {detail}; inspect: {shown}"
+
+
+def inspected(model: Path) -> dict[str, Any]:
+    """What `inspect --json` says of a model, or why it is refused."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        command(["inspect", str(model), "--json"])
+    shown: dict[str, Any] = json.loads(out.getvalue())
+    return shown
 
 
 def said(error: Exception) -> str:

@@ -2,8 +2,8 @@
 
 Each is asked what `benchmarks/model_features.py` lists, unsplit and split, in float32. It is `identical` if all
 answers are the same tokens; `refused`, with the reason, if an error of the product says that it does not do what
-transformers does; and `wrong` if an answer differs, or if another error comes. `features` says how each request of
-each model ended.
+transformers does; and `wrong` if an answer differs, if another error comes, or if `inspect` and `doctor --model`
+say something else of it (`foretold`). `features` says how each request of each model ended.
 """
 
 from __future__ import annotations

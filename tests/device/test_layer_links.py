@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_memory_has_the_keys_of_indexers(broker: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_cut_that_parts_layers(
-    arch: str, ends: tuple[int, int], advice: str, broker: str, tmp_path: Path
+    arch: str, ends: tuple[int, int], advice: str, broker: str, run: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Either side refuses it before anything travels, and names a cut that would do."""
     head, tail = ends
@@ -101,6 +103,8 @@ def test_a_cut_that_parts_layers(
         start_worker(checkpoint, broker, f"{head}:{-tail}")
     with pytest.raises(InvalidSplit, match=advice):
         SplitModelForCausalLM.from_pretrained(checkpoint, broker=broker, head_layers=head, tail_layers=tail)
+    shown = run("inspect", checkpoint, "--layers", f"{head}:{-tail}")
+    assert (shown.code, bool(re.search(advice, shown.err))) == (2, True)
 
 
 def test_the_nearest_cut() -> None:

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_benchmarks import run
 
+from benchmarks.model_outcomes import foretold, inspected
 from benchmarks.models import IDENTICAL, REFUSED, UNAVAILABLE, WRONG, summary
+from benchmarks.named_models import MODELS
 
 FEATURES = (
     "greedy",
@@ -23,6 +26,7 @@ FEATURES = (
     "mixed",
     "replayed",
     "evicted",
+    "foretold",
 )
 
 
@@ -46,6 +50,27 @@ def test_all_models() -> None:
     check(results)
     assert len(results["features"]) == 24
     assert len(results["identical"]) >= 19
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "outcome"),
+    [
+        ("qwen3_vl", True, IDENTICAL),
+        ("lfm2", False, IDENTICAL),
+        ("llama4", False, f"{REFUSED}no padding"),
+        ("deepseek_v4", None, REFUSED),
+    ],
+)
+def test_commands_say_how_a_model_runs(name: str, packed: bool | None, outcome: str, tmp_path: Path) -> None:
+    model = MODELS[name].save(tmp_path)
+    shown = inspected(model)
+    if packed is None:
+        outcome += shown["error"]["message"]
+    else:
+        unsplit = MODELS[name].unsplit(model)
+        assert sum(part["parameters"] for part in shown["parts"]) == unsplit.num_parameters()
+    assert foretold(model, packed, outcome) == IDENTICAL
+    assert foretold(model, not packed, outcome).startswith(WRONG)
 
 
 def test_each_model_has_one_outcome() -> None:

@@ -26,7 +26,7 @@ from split_common.engine.sdpa import SdpaAttention
 from split_common.engine.sequences import TokenRun
 from split_common.engine.tree_probe import takes_trees
 from split_common.errors import ModelError, UnsupportedArchitecture
-from split_common.models.cache_layers import chooses_keys, counts_tokens
+from split_common.models.cache_layers import counts_tokens, unpackable
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +126,8 @@ def packed_executor(
         NotPackable: no backend's output is right.
         ModelError: the memory does not hold the pages that are needed.
     """
-    if reference.has_states:
-        raise NotPackable(f"layer {reference.layers_with_states[0]} keeps a recurrent or convolutional state")
-    chosen = next((i for i in layers.split.body if chooses_keys(reference.new_cache().layers[i])), None)
-    if chosen is not None:
-        # The rehearsal is shorter than the number of keys that are chosen.
-        raise NotPackable(f"layer {chosen} attends to the keys that an indexer chooses")
+    if (kept := unpackable(reference.new_cache(), layers.split)) is not None:
+        raise NotPackable(kept)
     original = attention_implementation(layers.owner)
     reason = NotPackable("no attention backend was tried")
     for backend in _backends(layers):

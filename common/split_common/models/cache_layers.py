@@ -144,6 +144,18 @@ def chooses_keys(layer: Any) -> bool:
     return isinstance(layer, DynamicIndexedLayer)
 
 
+def unpackable(cache: Any, split: Split) -> str | None:
+    """What a layer of the body keeps that no packed forward reads; None if trials show whether one does."""
+    for index in split.body:
+        if has_states(cache.layers[index]):
+            return f"layer {index} keeps a recurrent or convolutional state"
+    for index in split.body:
+        # Rehearsals are shorter than the number of keys that are chosen.
+        if chooses_keys(cache.layers[index]):
+            return f"layer {index} attends to the keys that an indexer chooses"
+    return None
+
+
 def copy_states(layer: Any) -> States:
     """A copy of a layer's states, which change in place."""
     return {name: _copied(getattr(layer, name)) for name in _STATES}

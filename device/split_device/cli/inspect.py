@@ -22,13 +22,15 @@ def inspect(
 ) -> None:
     """Show which parts of a model the device keeps and which the worker runs; no weights are read.
 
-    A model that cannot be split is refused, with the reason. `lambda-split doctor --model` finds out how one runs,
-    by running some of its layers.
+    A model that cannot be split, or not there, is refused, with the reason. `lambda-split doctor --model` finds out
+    how one runs, by running some of its layers.
     """
     choice = dataclasses.replace(cut, model=model).choice(several_adapters=True)
     with doing(f"reading the shapes of {model_name(choice.name)}"):
         import msgspec
 
+        from split_common.models.cache_layers import make_cache, unpackable
+        from split_common.models.layer_links import check_links
         from split_common.models.loading import read_spec
         from split_common.models.split import Split
         from split_common.models.tensors import parse_dtype
@@ -36,6 +38,8 @@ def inspect(
 
         spec = read_spec(choice.name, choice.revision)
     split = Split.from_head_tail(spec.layers, choice.head_layers, choice.tail_layers)
+    check_links(spec.text_config, split, spec.checkpoint.name)
+    alone = unpackable(make_cache(spec.text_config, split), split)
     dtype = parse_dtype(choice.dtype)
     rows = parts(spec, split, dtype)
     states = bytes_per_token(spec, dtype)
@@ -48,6 +52,7 @@ def inspect(
                 "class": spec.model_class.__name__,
                 "layers": spec.layers,
                 "kinds": kinds(spec),
+                "one_at_a_time": alone,
                 "bytes_per_token": states,
                 "parts": [msgspec.to_builtins(row) for row in rows],
                 "quantization": msgspec.to_builtins(weights),
@@ -58,6 +63,8 @@ def inspect(
         stdout().print(parts_table(spec.checkpoint.name, rows))
         layers = ", ".join(f"{count} of {kind}" for kind, count in kinds(spec).items())
         print(f"{spec.model_class.__name__}, {spec.layers} layers: {layers}")
+        if alone is not None:
+            print(f"a worker runs sessions one at a time: {alone}")
         if weights is not None:
             print(weights.describe())
         for adapter in adapters:

@@ -82,8 +82,7 @@ def parts(spec: ModelSpec, split: Split, dtype: torch.dtype | None = None) -> li
     itemsize = (dtype or _config_dtype(spec.config)).itemsize
     with torch.device("meta"):
         model: Any = spec.model_class(spec.config)
-    if spec.config.get_text_config(decoder=True).tie_word_embeddings:
-        model.tie_weights()
+    model.tie_weights()
     owner, attribute = find_stack(model, spec.layers)
     layer_of = {
         id(parameter): index
