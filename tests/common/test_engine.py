@@ -223,20 +223,25 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.store.free_tokens == self.engine.store.capacity
 
 
-#: Kinds of layers, an architecture for each: `make test` runs these; all others are among the longer tests.
+#: Kinds of layers, an architecture for each: `make test` runs these.
 KINDS = ("llama", "qwen2", "gemma3_text", "gpt2", "gpt_oss", "opt", "qwen3_next", "lfm2", "mamba2")
 
 #: Those whose products, convolutions and norms differ: what is compared on other CPUs.
-ON_OTHER_CPUS = ("llama", "gemma3_text", "gpt2", "gpt_oss", "qwen3_next", "lfm2", "mamba2")
+ON_OTHER_CPUS = ("llama", "gpt2", "gpt_oss", "lfm2", "mamba2")
 
-OTHERS = (*(each for each in tiny.LISTED if each not in KINDS), "cohere2", "deepseek_v3", "stablelm", "falcon")
+#: Among the longer tests: windows everywhere, one norm for attention and MLP, experts, compressed keys, singly.
+LONGER = ("mistral", "gpt_neox", "mixtral", "deepseek_v3", "falcon")
+
+#: Left to the night.
+OTHERS = (*(each for each in tiny.LISTED if each not in (*KINDS, *LONGER)), "cohere2", "stablelm")
 
 
 @pytest.mark.parametrize(
     "arch",
     [
         *(pytest.param(each, marks=[pytest.mark.numbers] * (each in ON_OTHER_CPUS)) for each in KINDS),
-        *(pytest.param(each, marks=pytest.mark.long) for each in OTHERS),
+        *(pytest.param(each, marks=pytest.mark.long) for each in LONGER),
+        *(pytest.param(each, marks=pytest.mark.nightly) for each in OTHERS),
     ],
 )
 def test_any_mix_of_steps(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     [
         pytest.param("llama", True, marks=pytest.mark.numbers),
         ("mistral", True),
-        pytest.param("mistral", False, marks=pytest.mark.numbers),
+        ("mistral", False),
         pytest.param("qwen2", True, marks=pytest.mark.long),
         ("gpt2", True),
     ],

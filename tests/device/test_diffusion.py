@@ -104,8 +104,14 @@ def controlnet(pipe: Any) -> Any:
 # --- equal to unsplit --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
-@pytest.mark.numbers
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        pytest.param("EulerDiscreteScheduler", marks=pytest.mark.numbers),
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+    ],
+)
 def test_text_to_image(sdxl: Path, unet: Any, scheduler: str) -> None:
     pipes = [pipeline(sdxl), pipeline(sdxl, unet=unet)]
     for pipe in pipes:
@@ -120,12 +126,11 @@ def test_text_to_image(sdxl: Path, unet: Any, scheduler: str) -> None:
     [
         {"guidance_scale": 1.0},
         {"negative_prompt": "blue"},
-        {"num_images_per_prompt": 3},
-        {"height": 72, "width": 56},
+        pytest.param({"num_images_per_prompt": 3}, marks=pytest.mark.numbers),
+        pytest.param({"height": 72, "width": 56}, marks=pytest.mark.numbers),
     ],
     ids=["no guidance", "negative", "three images", "odd size"],
 )
-@pytest.mark.numbers
 def test_options(sdxl: Path, unet: Any, options: dict[str, Any]) -> None:
     assert torch.equal(latents(pipeline(sdxl, unet=unet), **options), latents(pipeline(sdxl), **options))
 
@@ -135,7 +140,6 @@ def test_options(sdxl: Path, unet: Any, options: dict[str, Any]) -> None:
     [("StableDiffusionXLImg2ImgPipeline", {}), ("StableDiffusionXLInpaintPipeline", {"mask_image": mask()})],
     ids=["img2img", "inpainting"],
 )
-@pytest.mark.numbers
 def test_from_an_image(sdxl: Path, unet: Any, kind: str, more: dict[str, Any]) -> None:
     wanted, ours = (
         pipeline(sdxl, kind, **parts)(
@@ -152,7 +156,6 @@ def test_from_an_image(sdxl: Path, unet: Any, kind: str, more: dict[str, Any]) -
     assert torch.equal(ours, wanted)
 
 
-@pytest.mark.numbers
 def test_controlnet(sdxl: Path, unet: Any) -> None:
     net = controlnet(pipeline(sdxl))
     kind = "StableDiffusionXLControlNetPipeline"

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
-from fleet import joined, running_broker, using
+from fleet import TRANSPORTS_AT_NIGHT, joined, running_broker, using
 from split_common.errors import UnsupportedFeature
 from split_common.protocol import payloads
 from split_device.sessions import chunks
@@ -100,21 +100,25 @@ def shared_prefix(model: Model) -> torch.Tensor:
     return torch.cat(answers)
 
 
-#: On other CPUs, those whose steps have different shapes: one token, rows, copies of rows, several tokens, and more
-#: tokens after others. The rest compute as these do.
-ON_OTHER_CPUS = [greedy, padded_batch, beams, prompt_lookup, two_turns]
-MODES = [
-    *(pytest.param(mode, marks=pytest.mark.numbers) for mode in ON_OTHER_CPUS),
-    sampling,
-    assistant,
-    no_cache,
-    two_turns_configured,
-    shared_prefix,
-]
+#: Those whose steps have different shapes: one token, rows, copies of rows, several tokens, more tokens after
+#: others.
+SHAPES = [greedy, padded_batch, beams, prompt_lookup, two_turns]
+#: Those that come to steps of such shapes in other ways.
+WAYS = [sampling, assistant, no_cache, two_turns_configured, shared_prefix]
+
+Case = tuple[str, tuple[int, int]]
+
+#: Compared on other CPUs, too, for operations differ: rotations, bounded scores, means and biases, experts; sinks,
+#: compressed keys, slopes, neighbours that turn together. The rest compute as these do.
+ON_OTHER_CPUS = ("llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "bloom", "cohere2")
+#: Unlisted architectures that differ most from listed ones: always run.
+UNLIKE = (*ON_OTHER_CPUS, "opt", "falcon")
 #: Every listed architecture at the default cut and with an empty head and tail; others where it is instructive.
-CASES = [
-    *((arch, (2, 2)) for arch in tiny.LISTED),
-    *(pytest.param((arch, (0, 0)), marks=pytest.mark.long) for arch in tiny.LISTED if arch != "llama"),
+DEFAULT: list[Case] = [(arch, (2, 2)) for arch in tiny.LISTED]
+EMPTY_ENDS: list[Case] = [(arch, (0, 0)) for arch in tiny.LISTED if arch != "llama"]
+#: Of these, embeddings that are scaled and ones of positions, windows in some layers, and experts.
+LONGER = [(arch, (0, 0)) for arch in ("gemma2", "gpt2", "qwen2_sw", "mixtral")]
+MORE_CUTS: list[Case] = [
     ("llama", (0, 0)),
     ("llama", (1, 3)),
     ("llama", (5, 0)),
@@ -122,10 +126,28 @@ CASES = [
     ("qwen2_sw", (4, 1)),
     ("qwen2_sw", (1, 3)),
 ]
+CASES = [
+    *(pytest.param(case, marks=[pytest.mark.numbers] * (case[0] in ON_OTHER_CPUS)) for case in DEFAULT),
+    *(pytest.param(case, marks=pytest.mark.long if case in LONGER else pytest.mark.nightly) for case in EMPTY_ENDS),
+    *MORE_CUTS,
+]
+#: Where `WAYS` are taken; elsewhere, at night.
+FIRST: list[Case] = [
+    ("llama", (2, 2)),
+    ("gpt2", (2, 2)),
+    ("llama", (0, 0)),
+    ("gemma2", (0, 5)),
+    ("qwen2_sw", (4, 1)),
+]
+LATER = [each for each in (*DEFAULT, *EMPTY_ENDS, *MORE_CUTS) if each not in FIRST]
 
 
-# That numbers do not depend on the transport, tests of images show with each in `make test-long`.
-@pytest.fixture(scope="module", params=("zmq", pytest.param("redis", marks=pytest.mark.nightly)))
+def name_of(case: Case) -> str:
+    arch, (head, tail) = case
+    return f"{arch}-{head}-{tail}"
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_AT_NIGHT)
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param):
         yield request.param
@@ -158,7 +180,7 @@ def expected() -> Callable[[str, Callable[[Model], torch.Tensor]], torch.Tensor]
     return ask
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1][0]}-{case[1][1]}")
+@pytest.fixture(scope="module", params=CASES, ids=name_of)
 def case(
     request: pytest.FixtureRequest, broker: str, checkpoint: Callable[[str], Path]
 ) -> Iterator[tuple[str, Model]]:
@@ -174,17 +196,34 @@ def llama(broker: str, checkpoint: Callable[[str], Path]) -> Iterator[tuple[Mode
         yield tiny.build("llama"), model
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("mode", SHAPES, ids=lambda mode: mode.__name__)
 def test_same_tokens(case: tuple[str, Model], mode: Callable[[Model], torch.Tensor], expected: Any) -> None:
     arch, model = case
     assert mode(model).tolist() == expected(arch, mode).tolist()
 
 
-@pytest.mark.numbers
-@pytest.mark.parametrize("arch", [*tiny.UNLISTED, *tiny.ODD])
+@pytest.mark.parametrize("mode", WAYS, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "case", [*FIRST, *(pytest.param(case, marks=pytest.mark.nightly) for case in LATER)], ids=name_of, indirect=True
+)
+def test_same_tokens_in_other_ways(
+    case: tuple[str, Model], mode: Callable[[Model], torch.Tensor], expected: Any
+) -> None:
+    arch, model = case
+    assert mode(model).tolist() == expected(arch, mode).tolist()
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *(pytest.param(arch, marks=pytest.mark.numbers) for arch in tiny.UNLISTED if arch in ON_OTHER_CPUS),
+        *("opt", "falcon", *tiny.ODD),
+        *(pytest.param(arch, marks=pytest.mark.long) for arch in tiny.UNLISTED if arch not in UNLIKE),
+    ],
+)
 def test_unlisted_architecture(arch: str, broker: str, checkpoint: Callable[[str], Path], expected: Any) -> None:
     with joined(broker, checkpoint(arch)) as (model, _):
-        for mode in ON_OTHER_CPUS:
+        for mode in SHAPES:
             assert mode(model).tolist() == expected(arch, mode).tolist(), mode.__name__
 
 
@@ -203,7 +242,6 @@ def test_rows_that_padding_changes_are_refused(
         assert worker.counters["steps"] == steps
 
 
-@pytest.mark.numbers
 def test_logits_are_close(case: tuple[str, Model]) -> None:
     arch, model = case
     full = tiny.build(arch)
@@ -255,7 +293,6 @@ def test_streamer_processor_and_criteria(llama: tuple[Model, Model]) -> None:
     assert collector.ended
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize(
     "options",
     [

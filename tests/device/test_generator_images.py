@@ -102,7 +102,6 @@ def test_what_texts_need_alone_is_packed(both: tuple[Model, Model]) -> None:
     assert sum(parameter.numel() for parameter in split.parameters()) == before
 
 
-@pytest.mark.numbers
 def test_continuing(both: tuple[Model, Model]) -> None:
     """A request that was interrupted goes on with its images."""
     full, split = both

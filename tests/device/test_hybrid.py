@@ -123,7 +123,6 @@ def test_a_session_is_taken_back(back: int, broker: str, checkpoint: Callable[[s
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize("mode", [prompt_lookup, assistant])
 def test_assisted_decoding(mode: Callable[[Model], torch.Tensor], checkpoint: Callable[[str], Path]) -> None:
     """transformers refuses it for such models. Here it is refused only if states are the device's."""

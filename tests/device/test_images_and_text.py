@@ -50,7 +50,6 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield tiny_vision.build(request.param), split
 
 
-@pytest.mark.numbers
 def test_texts(both: tuple[Model, Model]) -> None:
     """A padded batch, beams, and the logits."""
     mask = (TEXTS != 0).long()
@@ -75,7 +74,6 @@ def test_images(both: tuple[Model, Model]) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.numbers
 def test_turns_with_images(both: tuple[Model, Model]) -> None:
     """A second turn brings another image."""
     full, _ = both

@@ -16,7 +16,7 @@ from test_diffusion import image, latents, lora_of, pipeline
 
 import tiny
 import tiny_diffusion
-from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
+from fleet import TRANSPORTS_AT_NIGHT, running_broker, start_worker, using
 from split_common.errors import InvalidSplit, Malformed, NonFinite, UnsupportedArchitecture, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
 from split_common.models.denoisers.codecs import encode
@@ -36,7 +36,7 @@ KINDS: dict[str, tuple[str, Any]] = {
 SHORT = {"max_sequence_length": tiny_diffusion.TOKENS}
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+@pytest.fixture(scope="module", params=TRANSPORTS_AT_NIGHT)
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param):
         yield request.param
@@ -78,10 +78,13 @@ def pipe_of(kind: str, model: Path, task: str = "", **parts: Any) -> Any:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_images_per_prompt": 2, "height": 48}, {"guidance_scale": 1.0}],
+    [
+        {},
+        pytest.param({"num_images_per_prompt": 2, "height": 48}, marks=pytest.mark.numbers),
+        {"guidance_scale": 1.0},
+    ],
     ids=["", "two images", "no guidance"],
 )
-@pytest.mark.numbers
 def test_text_to_image(kind: str, model: Path, transformer: Any, options: dict[str, Any]) -> None:
     wanted, ours = (
         latents(pipe_of(kind, model, **parts), **SHORT, **options) for parts in ({}, {"transformer": transformer})
@@ -90,7 +93,6 @@ def test_text_to_image(kind: str, model: Path, transformer: Any, options: dict[s
     assert torch.equal(ours, wanted)
 
 
-@pytest.mark.numbers
 def test_from_an_image(kind: str, model: Path, transformer: Any) -> None:
     options = {"image": image(), "strength": 0.7, **SHORT}
     wanted, ours = (
@@ -99,7 +101,6 @@ def test_from_an_image(kind: str, model: Path, transformer: Any) -> None:
     assert torch.equal(ours, wanted)
 
 
-@pytest.mark.numbers
 def test_flux_with_true_guidance(kind: str, model: Path, transformer: Any) -> None:
     if kind == "sd3":
         pytest.skip("has a guidance of its own")

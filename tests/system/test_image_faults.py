@@ -14,7 +14,7 @@ from test_ip_adapter import embeddings, load
 
 import tiny_diffusion
 from benchmarks.workers import Workers
-from fleet import TRANSPORTS_IN_TURN, running_broker, using
+from fleet import running_broker, using
 from split_device import SplitFluxTransformer2DModel, SplitSD3Transformer2DModel, SplitUNet2DConditionModel
 
 #: The step after which the worker dies.
@@ -45,7 +45,7 @@ class Fleet:
         return self._workers.start("--model", str(model), "--broker", self.broker, "--cut", "C", *options)
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+@pytest.fixture(scope="module")
 def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param):
         yield request.param
@@ -138,16 +138,22 @@ CLASSES: dict[str, Any] = {
 }
 
 
-#: One pipeline of each class of denoisers is always run, also as on other CPUs: each costs the start of a worker.
-ON_OTHER_CPUS = ("Euler", "SD 3", "Flux")
+#: One pipeline of each class of denoisers: always run, also as on other CPUs, and over Redis in `make test-long`.
+#: Each costs the start of a worker.
+FIRST = ("Euler", "SD 3", "Flux")
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("transport", "name"),
     [
-        pytest.param(name, marks=pytest.mark.numbers if name in ON_OTHER_CPUS else pytest.mark.long)
+        pytest.param(transport, name, marks=first if name in FIRST else later)
+        for transport, first, later in (
+            ("zmq", pytest.mark.numbers, pytest.mark.long),
+            ("redis", pytest.mark.long, pytest.mark.nightly),
+        )
         for name in PIPELINES
     ],
+    indirect=["transport"],
 )
 def test_a_worker_is_killed_in_mid_image(workers: Fleet, models: dict[str, Path], name: str) -> None:
     kind, make = PIPELINES[name]

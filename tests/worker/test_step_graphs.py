@@ -178,7 +178,6 @@ class OnlyOnMeta(TorchDispatchMode):
         return output
 
 
-@pytest.mark.numbers
 def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, DenoiserBody]) -> None:
     kind, body = any_body
     captures = with_graphs(body)
@@ -201,7 +200,6 @@ def test_steps_and_jobs_of_one_shape_share_a_graph(any_body: tuple[str, Denoiser
     assert captures.graphs == 2
 
 
-@pytest.mark.numbers
 def test_each_scale_of_an_ip_adapter_has_a_graph(tmp_path: Path) -> None:
     body = load_body("ip-adapter", tmp_path)
     captures = with_graphs(body)
@@ -213,7 +211,6 @@ def test_each_scale_of_an_ip_adapter_has_a_graph(tmp_path: Path) -> None:
     assert captures.graphs == 3
 
 
-@pytest.mark.numbers
 def test_layouts_and_sizes_do_not_share_a_graph_and_few_are_kept(unet: DenoiserBody) -> None:
     captures = with_graphs(unet)
     images = [Image(unet, "unet A", size) for size in range(2, 3 + MAX_GRAPHS)]
