@@ -30,6 +30,9 @@ BODIES: dict[str, dict[str, Any]] = {
 
 FIRST, *OTHERS = BODIES
 
+#: Those whose fields are read as another one's.
+ALIKE = ("/completions", "/messages/count_tokens")
+
 #: Fields of chats and texts that have a meaning.
 CHAT = """
 model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p seed stop n best_of stream
@@ -125,8 +128,10 @@ def test_what_is_empty_or_a_list(client: httpx2.Client) -> None:
     assert f"token {2**70} is not among" in client.post("/completions", json=huge).json()["error"]["message"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.nightly if path in ALIKE else pytest.mark.long) for path in BODIES],
+)
 def test_more_values_of_a_field(client: httpx2.Client, path: str) -> None:
     odd(client, path, MORE)
     assert client.post(path, json={"model": "tiny", **BODIES[path]}).status_code == 200

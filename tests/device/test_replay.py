@@ -88,7 +88,8 @@ def strike_at(model: Any, workers: Workers, calls: set[int]) -> None:
     ("transport", "arch"),
     [
         ("zmq", "llama"),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in (("zmq", "gemma2"), ("zmq", "gpt2"))),
+        pytest.param("zmq", "gemma2", marks=pytest.mark.long),
+        pytest.param("zmq", "gpt2", marks=pytest.mark.nightly),
         pytest.param("redis", "llama", marks=pytest.mark.long),
     ],
     indirect=["transport"],
