@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, ModelError
 from split_device.generation.choosing import choose_tokens
 from split_device.generation.occurrences import Occurrences
 from split_device.generation.penalties import OccurrencePenalty
@@ -155,3 +156,12 @@ def test_an_error_concerns_its_row_alone() -> None:
     assert [found[0], found[3]] == wanted
     assert isinstance(found[1], ValueError)
     assert isinstance(found[2], ConfigError)
+
+
+def test_no_token_is_chosen_from_nan() -> None:
+    logits = scores(4)
+    logits[1, 7] = logits[2, 0] = math.nan
+    logits[3, 1:] = -math.inf
+    made = [sampler([1], [], 3), sampler([1], [], 3), sampler([1], [], None, 2), sampler([1], [], None)]
+    found = choose_tokens(made, logits)
+    assert [isinstance(choice, ModelError) for choice in found] == [False, True, True, False]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, ModelError
 from split_device.generation.logprobs import logprobs_of
 from split_device.generation.request import Logprobs
 from split_device.generation.row_processors import TOGETHER
@@ -27,7 +27,10 @@ def choose_tokens(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Cho
         samplers: what each row's request asks for. Their random generators go on.
         logits: float32 `[rows, vocabulary]`.
     """
-    tokens = logits.argmax(-1).tolist()
+    likeliest = logits.argmax(-1)
+    # A NaN counts as the largest of its row.
+    failing = logits.gather(-1, likeliest[:, None])[:, 0].isnan().nonzero()[:, 0].tolist()
+    tokens = likeliest.tolist()
     errors: dict[int, Exception] = {}
     chosen = [row for row, sampler in enumerate(samplers) if not sampler.likeliest]
     if chosen:
@@ -41,6 +44,7 @@ def choose_tokens(samplers: Sequence[Sampler], logits: torch.Tensor) -> list[Cho
         for row, token in zip(chosen, found.tolist(), strict=True):
             tokens[row] = token
         errors = {chosen[index]: error for index, error in failed.items()}
+    errors |= {row: ModelError("the model's logits hold NaN: are its weights damaged?") for row in failing}
     logprobs = _logprobs(samplers, logits, tokens)
     return [errors.get(row) or (token, logprobs.get(row)) for row, token in enumerate(tokens)]
 
