@@ -170,6 +170,26 @@ def test_what_is_no_file_is_named(model: Path) -> None:
         read_spec(str(model))
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "vocab.json"])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "is not a file"),
+        (os.mkdir, "is not a file"),
+        (lambda path: path.symlink_to("gone"), "is a link to gone, which does not exist"),
+    ],
+    ids=["pipe", "directory", "link"],
+)
+def test_what_a_tokenizer_cannot_read_is_named(
+    model: Path, file: str, make: Callable[[Path], None], said: str
+) -> None:
+    """transformers leaves it out without a word, and the text becomes other tokens."""
+    (model / file).unlink(missing_ok=True)
+    make(model / file)
+    with pytest.raises(ModelError, match=rf"{file} {said}"):
+        load_tokenizer(str(model))
+
+
 def test_a_link_that_leads_nowhere_is_named(model: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to("../../blobs/gone")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -381,6 +382,37 @@ def test_what_submit_refuses(run: Any, checkpoint: Path, pictures: list[Path], t
 def test_doctor_says_that_a_model_takes_images(checkpoint: Path) -> None:
     found = {finding.subject: finding.detail for finding in model_findings(str(checkpoint))}
     assert found["images"] == "a LlavaProcessor makes prompts with images"
+
+
+@pytest.mark.parametrize("with_weights", [False, True], ids=["with the tokenizer", "with the weights"])
+def test_a_processor_that_lies_elsewhere(
+    with_weights: bool, run: Any, checkpoint: Path, unsplit: Unsplit, pictures: list[Path], tmp_path: Path
+) -> None:
+    """`--tokenizer` names a directory with the processor, or with the tokenizer alone."""
+    bare, place = tmp_path / "tiny", tmp_path / "place"
+    shutil.copytree(checkpoint, place)
+    (place / "model.safetensors").unlink()
+    if with_weights:
+        shutil.copytree(checkpoint, bare)
+        for file in place.glob("*processor_config.json"):
+            file.unlink()
+    else:
+        bare.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(checkpoint / name, bare)
+    wanted = unsplit.say([image(pictures[0]), text("what?")])
+    options = ["--model", bare, "--tokenizer", place, "--temperature", 0, "--max-tokens", TOKENS, "--json"]
+    with serving_here(bare) as address:
+        shown = run("generate", "what?", "--show", pictures[0], *options, "--broker", address)
+        said = run("chat", *options, "--broker", address, stdin=f"/show {pictures[0]}\nwhat?\n")
+    assert shown.code == said.code == 0, shown.err + said.err
+    assert [shown.json["text"], said.json["turns"][0]["text"]] == [wanted, wanted]
+    pipe = (bare if with_weights else place) / "preprocessor_config.json"
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    for command in (("generate", "what?", "--show", pictures[0]), ("chat",)):
+        done = run(*command, *options, "--broker", "tcp://127.0.0.1:9", stdin="Hello\n")
+        assert (done.code, "preprocessor_config.json is not a file" in done.err) == (1, True)
 
 
 def test_a_model_for_texts(run: Any, tmp_path: Path, pictures: list[Path]) -> None:

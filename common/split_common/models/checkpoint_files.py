@@ -54,12 +54,16 @@ def refuse_pointer(path: Path) -> None:
         raise ModelError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
 
 
-def refuse_pointers(directory: Path, patterns: Iterable[str]) -> None:
-    """Raises ModelError if a file of a directory that matches one of the patterns is a Git LFS pointer."""
+def refuse_odd_files(directory: Path, patterns: Iterable[str]) -> None:
+    """Raises ModelError if a file of a directory that matches one of the patterns cannot be what its name says.
+
+    That is as in `local_files`. Directories without a suffix have no file's name.
+    """
+    fetch = local_files(directory)
     for pattern in patterns:
         for path in sorted(directory.glob(pattern)):
-            if path.is_file():
-                refuse_pointer(path)
+            if path.suffix or not path.is_dir():
+                fetch(path.name)
 
 
 def decode_config(name: str, data: bytes) -> dict[str, Any]:
@@ -79,21 +83,21 @@ def check_config(name_or_path: str) -> None:
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Raises ModelError if a file that the directory's tokenizer reads is a Git LFS pointer."""
-    refuse_pointers(directory, _TOKENIZER)
+    """Raises ModelError if a file that the directory's tokenizer reads is a Git LFS pointer, a pipe or the like."""
+    refuse_odd_files(directory, _TOKENIZER)
     if not (directory / "tokenizer.json").is_file():
-        refuse_pointers(directory, _SENTENCEPIECE)
+        refuse_odd_files(directory, _SENTENCEPIECE)
 
 
 def check_pipeline_files(directory: Path) -> None:
-    """Raises ModelError if a file of a diffusers pipeline is a Git LFS pointer, except for weights without a use.
+    """Raises ModelError if a file of a diffusers pipeline is a Git LFS pointer or no file, but for unused weights.
 
     The denoiser's own files are checked by `local_files`, and weights may lie beside a variant that was fetched.
     """
     for component in sorted(path for path in directory.iterdir() if path.is_dir() and path.name[0] != "."):
-        refuse_pointers(component, ("*.json", "*.txt"))
+        refuse_odd_files(component, ("*.json", "*.txt"))
         if not (component / "tokenizer.json").is_file():
-            refuse_pointers(component, _SENTENCEPIECE)
+            refuse_odd_files(component, _SENTENCEPIECE)
         weights = [path for path in component.glob("*.safetensors") if path.is_file()]
         if weights and all(map(is_pointer, weights)):
             refuse_pointer(weights[0])

@@ -89,10 +89,10 @@ def generate(
             from split_device.generation.image_prompts import load_processor
             from split_device.generation.tokenizing import load_tokenizer
             from split_device.jobs.chat import answer
-            from split_device.jobs.models import loaded_model, prompt_tokens
+            from split_device.jobs.models import loaded_model, processor_place, prompt_tokens
 
             tokenizer = load_tokenizer(*choice.tokenizer_place)
-            processor = load_processor(*choice.tokenizer_place) if pictures else None
+            processor = load_processor(*(processor_place(choice) or choice.tokenizer_place)) if pictures else None
             tokens = prompt_tokens(task, tokenizer, processor)
             place = waiting_for_workers(connection), limits, hardware
             loaded = stack.enter_context(loaded_model(choice, *place, tokenizer, processor))

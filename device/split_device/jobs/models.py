@@ -15,10 +15,11 @@ from transformers import GenerationConfig
 from split_common.errors import ConfigError, PromptTooLong, SplitError
 from split_common.models.adapters import parse_adapters
 from split_common.models.checkpoint import Checkpoint
-from split_common.models.checkpoint_files import model_name
+from split_common.models.checkpoint_files import local_files, model_name
 from split_common.models.codecs import EXACT
 from split_common.models.layer_stack import UNLIMITED, max_positions
 from split_common.models.loading import generation_config, read_spec
+from split_common.system.files import user_path
 from split_common.system.signals import interrupt_on_sigterm
 from split_device.generation.answers import AnswerStream, answer_format
 from split_device.generation.bad_words import bad_word_tokens, check_named_tokens
@@ -285,13 +286,32 @@ def loaded_model(
         yield Loaded(model, tokenizer, generator, processor)
 
 
+def processor_place(choice: ModelChoice) -> tuple[str, str | None] | None:
+    """Where a processor lies, and its revision: with the tokenizer, or else with the weights; None if nowhere.
+
+    Raises:
+        ModelError: one of its files cannot be read.
+    """
+    for name, revision in dict.fromkeys((choice.tokenizer_place, (choice.name, choice.revision))):
+        directory = user_path(name)
+        # A tokenizer may lie where no weights do.
+        find = local_files(directory) if directory.is_dir() else Checkpoint.resolve(name, revision).find
+        found = []
+        for file in _PROCESSOR_FILES:
+            with contextlib.suppress(FileNotFoundError):
+                found.append(find(file))
+        if any(found):
+            return name, revision
+    return None
+
+
 def find_processor(choice: ModelChoice) -> Any:
     """The processor of a model that takes images; None for a model for texts."""
-    found = Checkpoint.resolve(choice.name, choice.revision)
-    if found.gguf is not None or not any(map(found.find, _PROCESSOR_FILES)):
+    place = processor_place(choice)
+    if place is None or (found := Checkpoint.resolve(choice.name, choice.revision)).gguf is not None:
         return None
     try:
-        processor = load_processor(*choice.tokenizer_place)
+        processor = load_processor(*place)
         read_spec(found, images=True)
     except SplitError as error:
         log.warning("%s takes text only: %s", model_name(choice.name), error)
