@@ -159,6 +159,16 @@ def test_defaults_that_are_nested_too_deeply_are_named(model: Path) -> None:
         generation_config(Checkpoint.resolve(str(model)))
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [("watermarking_config", "has no attribute"), ("forced_eos_token_id", "forced_eos_token_id is")],
+)
+def test_defaults_of_other_types_are_named(model: Path, field: str, said: str) -> None:
+    change(model / "generation_config.json", **{field: True})
+    with pytest.raises(ModelError, match=rf"generation_config\.json: .*{said}"):
+        generation_config(Checkpoint.resolve(str(model)))
+
+
 def test_what_is_no_file_is_named(model: Path) -> None:
     (model / "generation_config.json").unlink()
     os.mkfifo(model / "generation_config.json")

@@ -22,6 +22,7 @@ import tiny
 import tiny_vision
 from fleet import serving_here
 from split_common.errors import ConfigError
+from split_common.models.split import Layers
 from split_common.system.process import running_command
 from split_device import Connection, Device, Limits
 from split_device.cli.doctor_model import model_findings
@@ -382,6 +383,14 @@ def test_what_submit_refuses(run: Any, checkpoint: Path, pictures: list[Path], t
 def test_doctor_says_that_a_model_takes_images(checkpoint: Path) -> None:
     found = {finding.subject: finding.detail for finding in model_findings(str(checkpoint))}
     assert found["images"] == "a LlavaProcessor makes prompts with images"
+
+
+def test_doctor_says_how_long_a_head_images_need(tmp_path: Path) -> None:
+    checkpoint = tiny_vision.save_processor(tiny_vision.save("qwen3_vl", tmp_path))
+    for layers, more in (("2:-2", []), ("1:", ["2:"]), ("0:-1", ["2:-1"])):
+        findings = model_findings(str(checkpoint), layers=Layers.parse(layers))
+        said = [finding.detail for finding in findings if finding.subject == "images"][1:]
+        assert [detail.partition("use --layers ")[2] for detail in said] == more
 
 
 @pytest.mark.parametrize("with_weights", [False, True], ids=["with the tokenizer", "with the weights"])

@@ -283,7 +283,7 @@ def _defaults(checkpoint: Checkpoint) -> GenerationConfig:
             return _checked(GenerationConfig.from_pretrained(file.parent))
         # The class of a configuration drops what is meant for `generate`.
         return _checked(GenerationConfig.from_model_config(json.loads(checkpoint.path("config.json").read_bytes())))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         name = "config.json" if file is None else "generation_config.json"
         raise ModelError(f"{checkpoint.name}: {name}: {_first_line(error)}") from None
 
@@ -293,7 +293,7 @@ def _checked(config: GenerationConfig) -> GenerationConfig:
     for name in _NUMBERS:
         if (value := getattr(config, name, None)) is not None and type(value) not in (int, float):
             raise TypeError(f"{name} is {value!r}, which is not a number")
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         value = getattr(config, name, None)
         if value is not None and any(
             type(token) is not int for token in (value if type(value) is list else [value])

@@ -58,7 +58,7 @@ def model_findings(
     yield from _weights(spec)
     yield from _parts(spec, adapters or {}, layers)
     yield from _prompts(model, checkpoint)
-    yield from _images(model)
+    yield from _images(model, layers)
 
 
 def _weights(spec: ModelSpec) -> Iterator[Finding]:
@@ -174,13 +174,22 @@ def _prompts(model: str, checkpoint: Checkpoint) -> Iterator[Finding]:
     yield Finding("tokenizer", "ok", f"a {type(tokenizer).__name__} with a chat template{reads}")
 
 
-def _images(model: str) -> Iterator[Finding]:
-    """What makes prompts with images, if the model takes any."""
+def _images(model: str, layers: Layers | None) -> Iterator[Finding]:
+    """What makes prompts with images, if the model takes any, and whether the head is long enough for them."""
+    from split_common.models.loading import read_spec
+    from split_common.models.split import DEFAULT_LAYERS, Layers
     from split_device.jobs.job import ModelChoice
     from split_device.jobs.models import find_processor
+    from split_device.models.additions import layers_with_features
 
-    if (processor := find_processor(ModelChoice(name=model))) is not None:
-        yield Finding("images", "ok", f"a {type(processor).__name__} makes prompts with images")
+    if (processor := find_processor(ModelChoice(name=model))) is None:
+        return
+    yield Finding("images", "ok", f"a {type(processor).__name__} makes prompts with images")
+    cut = layers or DEFAULT_LAYERS
+    if (needed := layers_with_features(read_spec(model, images=True).config)) > cut.first:
+        other = Layers(needed, cut.last)
+        detail = f"images are refused with --layers {cut}, as their features are added after layers 0:{needed}"
+        yield Finding("images", "note", f"{detail}: use --layers {other}")
 
 
 def _blocks(spec: DenoiserSpec) -> Finding:

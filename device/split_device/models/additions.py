@@ -22,6 +22,14 @@ _USUAL = (
 )
 
 
+def layers_with_features(config: Any) -> int:
+    """How many layers, counted from the first, get features of images after them, as configurations say it."""
+    for part in (config, getattr(config, "vision_config", None)):
+        if (taken_from := getattr(part, "deepstack_visual_indexes", None)) is not None:
+            return len(taken_from)
+    return 0
+
+
 def additions(stack: LayerStack, given: dict[str, Any]) -> dict[int, torch.Tensor]:
     """What a call of the owner with these arguments adds after layers, `[batch, tokens, width]`, by their indices.
 
