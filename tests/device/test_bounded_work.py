@@ -19,10 +19,10 @@ from starlette.requests import Request as HttpRequest
 from transformers import AutoTokenizer
 
 import tiny
-from split_common.errors import ConfigError
+from split_common.errors import ConfigError, PromptTooLong
 from split_common.system.process import leave_out_of_collections
 from split_common.system.text import json_line
-from split_device.generation import active_requests, checking, constraint
+from split_device.generation import checking, constraint, turn_time
 from split_device.generation.active_requests import ActiveRequests
 from split_device.generation.admission import Admission
 from split_device.generation.answers import AnswerStream
@@ -97,7 +97,7 @@ def test_what_grammars_need_is_made_once_and_ahead(tokenizer: Any, monkeypatch: 
 
 def test_many_slow_grammars_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long each takes, a turn looks at one, and those behind it come first in the next."""
-    monkeypatch.setattr(checking, "PREPARE_SECONDS", 0.0)
+    monkeypatch.setattr(turn_time, "TURN_SECONDS", 0.0)
     looked: list[int] = []
 
     def ready(number: int, constrained: bool) -> Any:
@@ -159,7 +159,7 @@ def test_many_choices_leave_places_to_other_requests() -> None:
 
 def test_many_requests_that_begin_leave_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long each takes, one begins in a turn, and the next turn comes at once."""
-    monkeypatch.setattr(active_requests, "PREPARE_SECONDS", 0.0)
+    monkeypatch.setattr(turn_time, "TURN_SECONDS", 0.0)
     waiting, begun, calls = [*range(5)], list[int](), list[object]()
     requests = SimpleNamespace(admit=lambda _now: waiting.pop(0) if waiting else None)
     requests.admit_all = partial(ActiveRequests.admit_all, requests)  # type: ignore[arg-type]
@@ -246,6 +246,35 @@ def test_choices_begin_beside_the_event_loop(tokenizer: Any) -> None:
     assert loaded.prepared == 1
     assert len(loaded.threads) == 1 + 3 * 3
     assert threading.get_ident() not in loaded.threads
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("messages", {"role": "user", "content": [{"type": "text", "text": "a"}] * 257}),
+        ("messages", {"role": "user", "content": [{"type": "tool_result", "content": [{"text": "a"}] * 257}]}),
+        ("messages", {"role": "assistant", "tool_calls": [{}] * 257}),
+        ("input", {"type": "function_call_output", "output": [{}] * 257}),
+        ("system", {"type": "text", "text": "a"}),
+    ],
+)
+def test_conversations_of_too_many_parts_are_refused_before_they_are_read(
+    kind: str, message: dict[str, Any], tokenizer: Any
+) -> None:
+    loaded: Any = Watched(tokenizer)
+    loaded.limit = 256
+    model = TextModel(loaded, ModelChoice(name="m"), "m")
+    parsed: list[object] = []
+
+    def ask(*messages: Any) -> None:
+        asyncio.run(model.parsed(_posted(json.dumps({kind: messages}).encode()), parsed.append))
+
+    with pytest.raises(PromptTooLong, match=f"{kind} has 257 entries, more than the model's 256 positions"):
+        ask(*[message] * (257 if kind == "system" else 1))
+    assert not parsed
+    ask({"role": "user", "content": [{"type": "text", "text": "a"}] * 256})
+    ask(["not", "an", "object"], None, 3)
+    assert len(parsed) == 2
 
 
 def test_token_ids_are_looked_at_beside_the_event_loop(tokenizer: Any) -> None:

@@ -16,7 +16,7 @@ from fleet import joined, replaced, running_broker, split_model
 from grammar_walk import ConstraintProcessor
 from split_common.errors import ConfigError, UnsupportedFeature
 from split_device.cli.answer_format import AnswerFormat
-from split_device.generation import checking, forced_tokens
+from split_device.generation import forced_tokens, turn_time
 from split_device.generation.constraint import Grammars
 from split_device.generation.generator import Generator, Request
 from split_device.generation.limits import ONE_ANSWER
@@ -108,9 +108,8 @@ def test_the_tokens_are_those_of_the_unsplit_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if slow:
-        # Each turn has time for one constraint, and for a few tokens that are forced.
-        monkeypatch.setattr(checking, "PREPARE_SECONDS", 0.0)
-        monkeypatch.setattr(forced_tokens, "MAX_FORCED", 3)
+        # Each turn has time for one constraint, and for one of its tokens.
+        monkeypatch.setattr(turn_time, "TURN_SECONDS", 0.0)
     wanted = [alone(unsplit, request) for request in asked(grammars, tokenizer, sampling)]
     with Generator(split) as generator:
         generations = [generator.submit(request) for request in asked(grammars, tokenizer, sampling)]
@@ -146,8 +145,33 @@ def test_what_is_forced_costs_no_trip(
             # A long text leaves the others their turns, and is the same.
             patch.setattr(forced_tokens, "MAX_FORCED", 4)
             assert ask(StructuredOutputs(choice=("only",))) == (5, 1)
+        with monkeypatch.context() as patch:
+            # So does one whose tokens take long.
+            patch.setattr(turn_time, "TURN_SECONDS", 0.0)
+            assert ask(StructuredOutputs(choice=("only",))) == (5, 5)
         # Log probabilities are made of logits, for which each token has to go through the model.
         assert ask(StructuredOutputs(choice=("only",)), logprobs=2) == (5, 5)
+
+
+def test_drafts_of_slow_grammars_leave_others_their_turns(
+    split: Any, grammars: Grammars, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a turn has no time for what a draft has, the tokens come one by one, and are the same."""
+    structured = StructuredOutputs(regex="[ab]{60}")
+    with Generator(split, speculate="suffix-recycle") as generator:
+
+        def ask(constraint: bool) -> tuple[list[int], int]:
+            """Tokens, and how many of them were drafted."""
+            own = grammars.constraint(structured) if constraint else None
+            found = generator.submit(Request([5, 17], config(False, tokenizer), constraint=own))
+            return found.result(LATE), found.accepted_tokens
+
+        tokens, drafted = ask(True)
+        assert drafted > 0
+        monkeypatch.setattr(turn_time, "TURN_SECONDS", 0.0)
+        assert ask(True) == (tokens, 0)
+        # Other answers are not concerned.
+        assert ask(False)[1] > 0
 
 
 @pytest.mark.long

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -25,6 +28,7 @@ from split_device.generation.choosing import choose_tokens
 from split_device.generation.occurrences import Occurrences
 from split_device.generation.penalties import OccurrencePenalty
 from split_device.generation.row_processors import TOGETHER
+from split_device.generation.sequence_bias import SequenceBias
 
 VOCABULARY = 5003
 PROMPT = 20
@@ -79,6 +83,39 @@ def test_sums_at_the_edge_of_top_p(seed: int) -> None:
     wanted = [own[row](None, found[row : row + 1].clone()) for row in range(rows)]
     TOGETHER[TopPLogitsWarper](found, own, [])
     assert torch.equal(found, torch.cat(wanted))
+
+
+def test_biases_of_sequences() -> None:
+    """As transformers adds them, with a few operations however many lengths the sequences have."""
+    draw, given = random.Random(6), texts(24)
+    biases = {(draw.randrange(VOCABULARY),): draw.uniform(-9, 9) for _ in range(50)}
+    for row, ids in enumerate(given):
+        for length in range(1, len(ids) + 3):
+            before = [0] * (length - len(ids)) + ids[-length:]
+            biases[*before, draw.randrange(5)] = draw.uniform(-9, 9) if row % 2 else -torch.inf
+            biases[*before[1:], ids[0], draw.randrange(5)] = 1.0
+    own = SequenceBias(SequenceBiasLogitsProcessor(biases))
+    wanted = SequenceBiasLogitsProcessor(biases)
+    for ids, row in zip([*given, [7], [399]], scores(26), strict=True):
+        with Operations() as operations:
+            found = own(torch.tensor([ids]), row[None])
+        assert torch.equal(found, wanted(torch.tensor([ids]), row[None]))
+        assert operations.count < 25
+    words = NoBadWordsLogitsProcessor([[3], [4, 5, 6], [5, 6]], eos_token_id=torch.tensor([2]))
+    ids = torch.tensor([[4, 5]])
+    assert torch.equal(SequenceBias(words)(ids, row[None]), words(ids, row[None]))
+
+
+class Operations(TorchFunctionMode):
+    """Counts calls of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def test_tokens_without_a_logit_do_not_count() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from split_common.engine.scheduler import DECODE_TOKENS
 from split_device.generation.active import ActiveRequest, Outcome
 from split_device.generation.admission import Admission, Admitted, is_further
-from split_device.generation.checking import PREPARE_SECONDS
 from split_device.generation.limits import Limits
 from split_device.generation.local_layers import LocalLayers
 from split_device.generation.prefixes import Prefixes
 from split_device.generation.request import Generation
 from split_device.generation.stage import Stage
+from split_device.generation.turn_time import TurnTime
 from split_device.models.flight import FlyingCacheLayer
 from split_device.speculation.drafters import TREE_TOKENS, has_branches
 from split_device.speculation.names import MTP, OFF
@@ -79,11 +79,11 @@ class ActiveRequests:
         Returns:
             Whether none is left that may begin.
         """
-        until = time.thread_time() + PREPARE_SECONDS
-        while (admitted := self.admit(now)) is not None:
-            begin(admitted)
-            if time.thread_time() >= until:
-                return False
+        with TurnTime() as turn:
+            while (admitted := self.admit(now)) is not None:
+                begin(admitted)
+                if turn.over:
+                    return False
         return True
 
     def begin(self, admitted: Admitted) -> list[ActiveRequest]:

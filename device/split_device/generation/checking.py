@@ -11,7 +11,6 @@ the distribution of tokens. Comparing with what the request's own random generat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,12 +20,10 @@ from split_device.generation.active import ActiveRequest
 from split_device.generation.choosing import Choice, choose_tokens
 from split_device.generation.forced_tokens import accept_token
 from split_device.generation.local_layers import LocalLayers
+from split_device.generation.turn_time import TurnTime
 
 #: Most float32 logits that are computed at once, unless they are of one request: 128 MiB.
 MAX_LOGITS = 2**25
-
-#: Seconds of CPU time after which no further constraint is looked at before tokens are chosen.
-PREPARE_SECONDS = 0.05
 
 #: A request, and outputs of the tail `[1 + draft, width]`: that of which its next token is chosen, and those of its
 #: draft.
@@ -65,13 +62,26 @@ class Checked:
             return False
         return self.request.sampler.finish_reason(self.request.generation.tokens) is None
 
-    def accept(self, choice: Choice) -> None:
-        """Goes on with the next token, and those that it forces."""
+    def may_go_on(self, turn: TurnTime) -> bool:
+        """Whether another token can be chosen in this turn. If there is no time, the next step computes the last
+        token again, as if the draft had not had it."""
+        if not self.goes_on:
+            return False
+        if self.request.generation.request.constraint is None:
+            return True
+        if turn.over:
+            self.path.pop()
+            return False
+        self.request.sampler.prepare()
+        return True
+
+    def accept(self, choice: Choice, turn: TurnTime) -> None:
+        """Goes on with the next token, and those that it forces as far as there is time."""
         if isinstance(choice, Exception):
             self.error = choice
             return
         try:
-            self.tokens += accept_token(self.request.sampler, self.request.generation, *choice)
+            self.tokens += accept_token(self.request.sampler, self.request.generation, turn, *choice)
         except Exception as error:
             self.error = error
         while self.matched < len(self.tokens):
@@ -100,20 +110,22 @@ def prepare(ready: Sequence[Ready]) -> tuple[list[Ready], list[Ready]]:
     """
     prepared: list[Ready] = []
     waiting: list[Ready] = []
-    until, late = time.thread_time() + PREPARE_SECONDS, False
-    for request, states in ready:
-        if late and request.generation.request.constraint is not None:
-            waiting.append((request, states))
-            continue
-        prepared.append((request, states))
-        late |= request.sampler.prepare() and time.thread_time() >= until
+    late = False
+    with TurnTime() as turn:
+        for request, states in ready:
+            if late and request.generation.request.constraint is not None:
+                waiting.append((request, states))
+                continue
+            prepared.append((request, states))
+            late |= request.sampler.prepare() and turn.over
     return prepared, waiting
 
 
 def check_drafts(layers: LocalLayers, ready: Sequence[Ready]) -> Iterator[Checked]:
     """Chooses at least one token for each request, which are then in its text. An error concerns one request."""
+    turn = TurnTime()
     for part in _parts(ready, max(1, MAX_LOGITS // layers.vocabulary)):
-        yield from _check(layers, part)
+        yield from _check(layers, part, turn)
 
 
 def _parts(ready: Sequence[Ready], limit: int) -> Iterator[list[Ready]]:
@@ -128,7 +140,7 @@ def _parts(ready: Sequence[Ready], limit: int) -> Iterator[list[Ready]]:
         yield part
 
 
-def _check(layers: LocalLayers, ready: Sequence[Ready]) -> list[Checked]:
+def _check(layers: LocalLayers, ready: Sequence[Ready], turn: TurnTime) -> list[Checked]:
     adapters = [request.adapter for request, states in ready for _ in states]
     logits = layers.logits(torch.cat([states for _, states in ready]), adapters)
     every: list[Checked] = []
@@ -141,7 +153,8 @@ def _check(layers: LocalLayers, ready: Sequence[Ready]) -> list[Checked]:
         rows = [each.row for each in going]
         chosen_of = logits if len(rows) == len(logits) else logits[rows]
         choices = choose_tokens([each.request.sampler for each in going], chosen_of)
-        for each, choice in zip(going, choices, strict=True):
-            each.accept(choice)
-        going = [each for each in going if each.goes_on]
+        with turn:
+            for each, choice in zip(going, choices, strict=True):
+                each.accept(choice, turn)
+            going = [each for each in going if each.may_go_on(turn)]
     return every

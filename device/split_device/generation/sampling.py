@@ -10,7 +10,9 @@ from transformers import (
     GenerationConfig,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
 )
 from transformers.generation import GenerationMode
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
@@ -21,6 +23,7 @@ from split_device.generation.bad_words import check_named_tokens
 from split_device.generation.occurrences import Occurrences
 from split_device.generation.penalties import ConstraintMask, OccurrencePenalty
 from split_device.generation.request import FinishReason, Request
+from split_device.generation.sequence_bias import SequenceBias
 from split_device.generation.settings import SEED_BOUND, Sampling, within_bounds
 from split_device.models.language import check_tokens
 
@@ -49,6 +52,10 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 #: Processors that rule out end tokens until a text is long enough.
 _AT_LEAST = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+
+
+#: Processors in whose place ours is used.
+_BIASES = (NoBadWordsLogitsProcessor, SequenceBiasLogitsProcessor)
 
 
 def _least(processor: Any, prompt: int) -> int:
@@ -110,7 +117,8 @@ class Sampler:
             raise PromptTooLong(f"{prompt} tokens exceed the model's {positions} positions")
         bias = request.config.sequence_bias
         check_named_tokens(model, request.config.bad_words_ids or (), bias if isinstance(bias, dict) else ())
-        config, self._processors = _prepared(model, request.config, prompt, _own_processors(request))
+        config, processors = _prepared(model, request.config, prompt, _own_processors(request))
+        self._processors = [SequenceBias(each) if type(each) in _BIASES else each for each in processors]
         #: Most tokens of prompt and text together. The last one needs no position.
         self.max_length: int = min(int(config.max_length), positions + 1)
         self._max_new_tokens = self.max_length - prompt

@@ -33,6 +33,9 @@ _T = TypeVar("_T")
 #: second.
 LONG = 256 * 1024
 
+#: How deep texts lie in messages: in parts, and in the results of tools among these.
+MESSAGE_DEPTH = 3
+
 #: Counts of the generator that are shown as what a server saved.
 _COUNTED = ("cached_tokens", "drafted_tokens", "accepted_tokens")
 
@@ -147,7 +150,7 @@ class TextModel:
         """What a parser makes of the body of a request. A large one takes seconds, in which other requests go on.
 
         Raises:
-            PromptTooLong: there are more messages, or items, than the model has positions.
+            PromptTooLong: there are more messages, items, or parts of them than the model has positions.
             ApiError, ConfigError: what `read_body`, `parse_body` and `parse` raise.
         """
         data = await read_body(request)
@@ -155,12 +158,10 @@ class TextModel:
 
     def _parsed(self, data: bytearray, parse: Callable[[object], _T]) -> _T:
         body = parse_body(data)
-        for name in ("messages", "input"):
+        for name in ("messages", "input", "system"):
             given = body.get(name) if isinstance(body, dict) else None
-            if isinstance(given, list) and len(given) > self.context:
-                raise PromptTooLong(
-                    f"{name} has {len(given)} entries, more than the model's {self.context} positions"
-                )
+            if isinstance(given, list) and (count := _entries(given)) > self.context:
+                raise PromptTooLong(f"{name} has {count} entries, more than the model's {self.context} positions")
         return parse(body)
 
     async def aside(self, size: int, work: Callable[..., _T], *args: object) -> _T:
@@ -199,6 +200,16 @@ class TextModel:
         answer.streams.append(stream)
         await self.aside(0, stream.start)
         return stream
+
+
+def _entries(messages: list[Any]) -> int:
+    """How many messages there are; or parts and calls of them, or parts of these, where those are more."""
+    most, lists = 0, [messages]
+    for _ in range(MESSAGE_DEPTH):
+        most = max(most, sum(map(len, lists)))
+        entries = (entry for each in lists for entry in each if isinstance(entry, dict))
+        lists = [value for entry in entries for value in entry.values() if isinstance(value, list)]
+    return most
 
 
 def prompt_size(task: Task) -> int:
