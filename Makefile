@@ -15,10 +15,9 @@ INSTALLED := $(VENV)/.installed
 # compiled once, not in each process that a test starts, even where Python is told to keep nothing.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist worksteal
 
-# Stand in for other CPUs than this one: how far torch, MKL and oneDNN may go. Each of them has operations of its own, so
-# one run limits all three; what only a mixture would show is left to `make test-nightly`.
-PLAIN_CPU := ATEN_CPU_CAPABILITY=default
-AVX2_CPU := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+# Stand in for other CPUs than this one: how far torch, MKL and oneDNN may go.
+OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
 # Runs the tests of some marks, with settings if some are named, and says how long that took.
 define job
@@ -61,12 +60,10 @@ test: $(INSTALLED) ## Run the tests; pass pytest's arguments as ARGS="...".
 
 test-long: $(INSTALLED) ## Run the longer tests, and those that compare numbers as on other CPUs.
 	$(call job,long and not nightly,)
-	$(call job,numbers and not long and not nightly,$(PLAIN_CPU))
-	$(call job,numbers and not long and not nightly,$(AVX2_CPU))
+	$(foreach cpu,$(OTHER_CPUS),$(call job,numbers and not long and not nightly,$(cpu)))
 
 test-nightly: $(INSTALLED) ## Run what takes too long for every change.
 	$(call job,nightly,)
-	$(foreach setting,$(AVX2_CPU),$(call job,numbers and not long and not nightly,$(setting)))
 
 # instructor comes last and alone: it asks for an older jiter than openai does. npm is not on every machine.
 $(CLIENTS_INSTALLED): tests/clients/requirements.txt $(INSTALLED)
