@@ -24,8 +24,8 @@ from valkeys import Valkey, running_valkey
 TRANSPORTS = ("zmq", "redis")
 transport = "zmq"
 
-#: For tests of numbers, which do not depend on the transport: Redis is left to `make test-long`, for some images,
-#: or to `make test-nightly`.
+#: For tests of numbers and of refusals, which do not depend on the transport: Redis is left to `make test-long`, or
+#: to `make test-nightly`.
 TRANSPORTS_IN_TURN = ("zmq", pytest.param("redis", marks=pytest.mark.long))
 TRANSPORTS_AT_NIGHT = ("zmq", pytest.param("redis", marks=pytest.mark.nightly))
 

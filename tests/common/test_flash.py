@@ -150,7 +150,7 @@ def compile_too(monkeypatch: pytest.MonkeyPatch, backend: Any = "eager") -> None
     ("arch", "reads_pages"),
     [
         pytest.param("llama", True, marks=pytest.mark.numbers),
-        ("mistral", True),
+        pytest.param("mistral", True, marks=pytest.mark.long),
         ("mistral", False),
         pytest.param("qwen2", True, marks=pytest.mark.long),
         ("gpt2", True),

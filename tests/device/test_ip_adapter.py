@@ -13,7 +13,7 @@ from test_diffusion import latents, pipeline
 from test_image_steps import GOOD, KEY, WIDTH, begin, encode
 
 import tiny_diffusion
-from fleet import running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, running_broker, start_worker, using
 from split_common.cli import main
 from split_common.errors import Malformed, MissingTensor, NoWorker, UnknownModel, UnsupportedFeature
 from split_common.models.checkpoint import Checkpoint
@@ -33,6 +33,12 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(sdxl: Path) -> Path:
     return tiny_diffusion.save_ip_adapter(sdxl.parent / "ip.safetensors", sdxl)
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

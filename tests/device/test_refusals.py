@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 
 import tiny
-from fleet import joined, running_broker, start_worker
+from fleet import TRANSPORTS_IN_TURN, joined, running_broker, start_worker, using
 from split_common.errors import (
     ConfigError,
     InvalidSplit,
@@ -32,6 +32,12 @@ Model = Any
 
 PROMPT = torch.tensor([[5, 17, 33, 4, 61, 12, 80]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": [0]}
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS_IN_TURN)
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Sequences of events against the real device, broker and worker: every output is the right one.
 
-`make test` runs 500 sequences, with `make test-long` it is 5,000, and `make test-nightly` runs 55,000 others. A
+`make test` runs 250 sequences, with `make test-long` it is 5,000, and `make test-nightly` runs 55,000 others. A
 failure prints the seed and the shortest list of acts that still fails. SIMULATION_SEED=N tries other ones.
 """
 
@@ -29,13 +29,13 @@ from split_device.models.prepared import StepContext
 from split_device.models.traits import Traits
 
 #: Sequences in one test.
-SEQUENCES = 500
+SEQUENCES = 250
 
 #: The tests of `make test`, of `make test-long` as well, and of `make test-nightly`.
 CHUNKS = [
     0,
-    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(1, 10)),
-    *(pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(10, 120)),
+    *(pytest.param(chunk, marks=pytest.mark.long) for chunk in range(1, 20)),
+    *(pytest.param(chunk, marks=pytest.mark.nightly) for chunk in range(20, 240)),
 ]
 
 #: What a sequence is made of, and how often.
