@@ -233,9 +233,8 @@ def test_a_bad_tree_is_refused_and_changes_nothing(name: str, body: LanguageBody
     rows, states = Rows(), torch.randn(4, 32)
     body.runner.run(rows.begin(payloads.Step("float32", 32, [run(0, 4)]), states, body.runner))
     rows.commit()
-    bad = BAD[name]
     with pytest.raises(Malformed):
-        rows.begin(bad, torch.zeros(bad.tokens, 32), body.runner)
+        rows.check(BAD[name], body.runner)
     assert [each.length for each in rows.sequences] == [4]
     rows.free()
 
@@ -243,7 +242,7 @@ def test_a_bad_tree_is_refused_and_changes_nothing(name: str, body: LanguageBody
 def test_layers_that_take_no_trees_refuse_one(body: LanguageBody, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body.runner, "takes_trees", False)
     with pytest.raises(Malformed, match="layers that take none"):
-        Rows().begin(tree_step([run(0, 2)], [[-1, -1]]), torch.zeros(2, 32), body.runner)
+        Rows().check(tree_step([run(0, 2)], [[-1, -1]]), body.runner)
 
 
 @pytest.mark.parametrize(

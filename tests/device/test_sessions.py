@@ -353,6 +353,7 @@ def forward(body: LanguageBody, row: KVSequence, hidden: torch.Tensor, positions
 
 
 def run_step(holder: Rows, body: LanguageBody, request: payloads.Step, hidden: torch.Tensor) -> torch.Tensor:
+    holder.check(request, body.runner)
     runs = holder.begin(request, hidden, body.runner)
     try:
         output = torch.cat(body.runner.run(runs)) if runs else hidden

@@ -70,6 +70,20 @@ def test_a_good_step_runs(body: DenoiserBody) -> None:
     assert output.shape == (1, 64, 16, 16)
 
 
+def test_a_step_that_does_not_fit_its_embeddings_is_not_decoded(body: DenoiserBody) -> None:
+    """Its numbers are not finite, which decoding would refuse."""
+    state = body.new_state()
+    arrays, data = pack(*GOOD)
+    numbers = memoryview(b"\xff" * len(data))
+    with pytest.raises(NeedEmbeddings):
+        body.begin(state, payloads.Denoise(KEY, [0], arrays, "float32"), numbers)
+    condition(body, state)
+    with pytest.raises(Malformed, match="names row 1"):
+        body.begin(state, payloads.Denoise(KEY, [1], arrays, "float32"), numbers)
+    with pytest.raises(NonFinite):
+        body.begin(state, payloads.Denoise(KEY, [0], arrays, "float32"), numbers)
+
+
 @pytest.mark.parametrize(
     ("rows", "tensors"),
     [

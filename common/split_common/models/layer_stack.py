@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from split_common.compat.torch import twin_with
 from split_common.compat.transformers import cache_name, forward_parameters
 from split_common.errors import UnsupportedArchitecture
+from split_common.models.spans import has_spans
 
 #: `max_positions` of a model that names no limit.
 UNLIMITED = 2**31
@@ -164,6 +165,8 @@ class LayerStack:
         self._refuse_windows_of_the_cache_alone()
         #: How many axes its positions may have: 3 where images have a height and a width; 1 for most models.
         self.position_axes = self._probe_axes()
+        #: Whether tokens, such as those of an image, may attend to each other both ways.
+        self.has_spans = has_spans(model, self.width)
         for slot in self.slots:
             if isinstance(slot, PassThrough):
                 slot.returns_tuple = self.returns_tuple

@@ -33,6 +33,12 @@ PADDED_STEPS = "padded-steps"
 #: A worker with this capability takes a `TreeStep`: several continuations of a row at once.
 TREES = "trees"
 
+#: A worker with this capability takes tokens of images whose positions differ on several axes.
+POSITION_AXES = "position-axes"
+
+#: A worker with this capability takes tokens of images that attend to each other both ways.
+SPANS = "spans"
+
 #: Encoding of a language model's hidden states, unless they travel as they are (`split_common.models.codecs`).
 StatesCodec = Literal["lossless", "int8", "int4"]
 
@@ -43,12 +49,11 @@ def states_capability(codec: StatesCodec) -> str:
 
 
 #: All. "adapters" gives a session one of the adapters that its worker has loaded; "fork" copies a session on its
-#: worker; "int4" and "int8" encode images; "position-axes" and "spans" are what a `PlacedStep` says of images;
-#: "session-keys" names sessions by keys, as in version 2 of the headers.
+#: worker; "int4" and "int8" encode images; "session-keys" names sessions by keys, as in version 2 of the headers.
 CAPABILITIES = frozenset(
     {
         *("adapters", "fork", INDIVISIBLE, "int4", "int8", KEEP, OUTPUTS, PADDED_STEPS, SESSION_KEYS, TREES),
         UNPADDED,
-        *("position-axes", "spans", *map(states_capability, get_args(StatesCodec))),
+        *(POSITION_AXES, SPANS, *map(states_capability, get_args(StatesCodec))),
     }
 )

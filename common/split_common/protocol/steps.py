@@ -9,7 +9,15 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from split_common.protocol.capabilities import OUTPUTS, PADDED_STEPS, TREES, StatesCodec, states_capability
+from split_common.protocol.capabilities import (
+    OUTPUTS,
+    PADDED_STEPS,
+    POSITION_AXES,
+    SPANS,
+    TREES,
+    StatesCodec,
+    states_capability,
+)
 from split_common.protocol.headers import Natural
 
 #: Bytes of a number in each dtype that hidden states may have on the wire.
@@ -101,7 +109,7 @@ class PlacedStep(Step, frozen=True, tag=13):
 
     @property
     def needs(self) -> frozenset[str]:
-        asked = {"position-axes": any(self.axes), "spans": bool(self.spans)}
+        asked = {POSITION_AXES: any(self.axes), SPANS: bool(self.spans)}
         return frozenset(name for name, needed in asked.items() if needed)
 
 

@@ -218,7 +218,6 @@ class DenoiserBody:
         shapes = [array.shape for array in request.arrays]
         self._check(request, shapes)
         data = self.held.whole(state, request.sent, data)
-        tensors = self._decode(request.arrays, data)
         conditioning = (
             self.held.conditioning(state, request.condition)
             if request.condition is not None
@@ -227,6 +226,7 @@ class DenoiserBody:
         self._blocks.check_step(shapes, conditioning)
         if self._blocks.per_row:
             self._check_rows(conditioning, request.rows)
+        tensors = self._decode(request.arrays, data)
         row_shapes = tuple(tensor.shape[1:] for tensor in tensors)
         batch_key = row_shapes, tensors[0].is_contiguous(), self._blocks.batch_key(conditioning)
         return DenoiserRun(tensors, conditioning, request.rows, batch_key)

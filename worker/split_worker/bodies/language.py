@@ -16,7 +16,7 @@ from split_common.models.codecs import CODECS, EXACT
 from split_common.models.codecs.base import Codec
 from split_common.models.tensors import dtype_name
 from split_common.protocol import headers, payloads
-from split_common.protocol.capabilities import INDIVISIBLE, TREES, UNPADDED
+from split_common.protocol.capabilities import INDIVISIBLE, POSITION_AXES, SPANS, TREES, UNPADDED
 from split_common.trust.shares import Usage
 from split_worker.bodies.branches import branches, check_branches
 from split_worker.bodies.placement import check_placement, placements
@@ -64,19 +64,16 @@ class Rows:
     def begin(self, step: payloads.Step, states: torch.Tensor, runner: Runner) -> list[TokenRun[Any]]:
         """Prepares the rows for a step over states `[tokens, width]`: selects and truncates them as it says.
 
-        If the step fails later, its tokens stay until the next step's `start` truncates them. What of a tree does
-        not stay is dropped when the forward is launched, and so not at all if the step is refused before.
+        The step has passed `check`. If it fails later, its tokens stay until the next step's `start` truncates
+        them. What of a tree does not stay is dropped when the forward is launched, and so not at all if the step
+        is refused before.
 
         Raises:
-            Malformed: rows, positions or width do not fit the session; nothing was changed.
-            PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
             Busy: there are too many rows, and the member has more than its share of them; nothing was changed.
             Evicted: a row has states that cannot be taken back to the step's start.
         """
-        source = list(range(len(self.sequences))) if step.select is None else step.select
-        self._check(step, source, runner)
         wanted = max((run.row + 1 for run in step.rows), default=0)
-        self._count(max(len(self.sequences), len(source), wanted))
+        self._count(max(len(self.sequences), len(step.select or ()), wanted))
         if step.select is not None:
             self._select(step.select)
         self.sequences += [runner.store.new_sequence() for _ in range(wanted - len(self.sequences))]
@@ -93,7 +90,14 @@ class Rows:
             )
         return runs
 
-    def _check(self, step: payloads.Step, source: list[int], runner: Runner) -> None:
+    def check(self, step: payloads.Step, runner: Runner) -> None:
+        """Checks a step against the session and the model, by its payload alone.
+
+        Raises:
+            Malformed: rows, positions or width do not fit.
+            PromptTooLong: a row would exceed the model's positions, or the worker's whole memory.
+        """
+        source = list(range(len(self.sequences))) if step.select is None else step.select
         if step.width != runner.width:
             raise Malformed(f"hidden states of width {step.width}: the model's width is {runner.width}")
         if any(old >= len(self.sequences) for old in source):
@@ -201,7 +205,13 @@ class LanguageBody:
         self.device, self.dtype = runner.device, runner.dtype
         self.asynchronous = runner.asynchronous
         self.divisible = runner.divisible
-        kinds = {UNPADDED: runner.padding_matters, INDIVISIBLE: runner.indivisible, TREES: runner.takes_trees}
+        kinds = {
+            UNPADDED: runner.padding_matters,
+            INDIVISIBLE: runner.indivisible,
+            TREES: runner.takes_trees,
+            POSITION_AXES: runner.layers.stack.position_axes > 1,
+            SPANS: runner.layers.stack.has_spans,
+        }
         self.lacks = frozenset(kind for kind, has in kinds.items() if not has)
 
     def new_state(self, member: str = "") -> Rows:
@@ -225,6 +235,7 @@ class LanguageBody:
         if isinstance(request, payloads.PaddedStep) and request.pads:
             _check_size(request)
             data = data[: request.size]
+        state.check(request, self.runner)
         states = _codec(request).decode(data, request.dtype, request.tokens, request.width)
         return state.begin(request, states, self.runner)
 
