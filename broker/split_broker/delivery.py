@@ -16,6 +16,7 @@ from split_broker.router import Router
 from split_common.protocol import headers
 from split_common.transport.placement import Refuse, full
 from split_common.trust.fleet import Fleet
+from split_common.trust.limited_log import LimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Delivery:
         self._counters = counters
         self._gone = gone
         self._boot = os.urandom(8)
+        self._log = LimitedLog(log)
         self._budget = Budget(capacity)
         # Messages that lost their place in a queue, of which their senders are still to be told.
         self._gave_way: deque[Queued] = deque()
@@ -61,7 +63,7 @@ class Delivery:
         queue = PeerQueue(member, self._budget.usage, self._gave_way.append)
         peer = self.peers[header.sender] = Peer(header.sender, route, header.role, member, queue)
         self.routes[route] = peer.id
-        log.info("%s %s joined", header.role, peer.name)
+        self._log.info(member, "%s %s joined", header.role, peer.name)
         return peer
 
     def move(self, peer: Peer, route: bytes) -> None:
@@ -134,7 +136,7 @@ class Delivery:
         """Takes a peer out, and tells those that watch it. `why` continues its name in the log."""
         if self.peers.pop(peer.id, None) is None:
             return
-        log.info("%s %s %s", peer.role, peer.name, why)
+        self._log.info(peer.member, "%s %s %s", peer.role, peer.name, why)
         self._counters[f"{peer.role}s_gone"] += 1
         self.routes.pop(peer.route, None)
         self._router.connections.left(peer.route)

@@ -9,6 +9,7 @@ from split_broker.access import Authentication
 from split_broker.connections import Connections
 from split_broker.memory import MemoryWatch
 from split_common.transport.base import HEARTBEAT
+from split_common.trust.limited_log import LimitedLog
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Guard:
         self._memory = memory
         self._drained = drained
         self._next_members = 0.0
+        self._log = LimitedLog(log)
 
     def look(self, now: float) -> None:
         """Ends what has to end at the time `now`: members are looked at once a second, strangers each time."""
@@ -52,7 +54,8 @@ class Guard:
         if not hoarding or not self._drained():
             return
         for connection in hoarding:
-            log.warning("%s sent a message without an end", connection.member or "a stranger")
+            sender = connection.member or "a stranger"
+            self._log.warning(sender, "%s sent a message without an end", sender)
             if connection.member:
                 self._authentication.bar(connection.member)
             self._connections.end(connection, "unfinished")

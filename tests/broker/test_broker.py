@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import secrets
 import threading
@@ -445,6 +446,15 @@ def test_no_frame_makes_the_broker_fail(offline: Broker, data: st.DataObject) ->
     assert len(offline._peers) <= 3 >= len(offline._routes)
     assert len(offline._opens.pending) <= 3
     assert sum(offline.counters.values()) >= before
+
+
+def test_a_member_that_comes_and_goes_fills_no_log(offline: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "split_broker"):
+        for name in ["hog"] * 1000 + ["other"]:
+            peer = offline._delivery.add(headers.Announce(b"p", "device", name), b"r9", name)
+            offline._delivery.remove(peer, "has left")
+    assert 2 < len(caplog.messages) < 1000
+    assert [message.split("/")[0] for message in caplog.messages[-2:]] == ["device other"] * 2
 
 
 def test_ten_thousand_frames_of_all_kinds_leave_nothing_behind(offline: Broker) -> None:

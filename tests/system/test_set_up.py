@@ -350,7 +350,7 @@ def test_sessions_have_keys_where_both_ends_know_them(
         monkeypatch.setattr(channels, "DeviceHandshake", functools.partial(DeviceHandshake, **limited))
     elif old == "worker":
         monkeypatch.setattr(worker_module, "WorkerHandshake", functools.partial(WorkerHandshake, **limited))
-    caplog.set_level("INFO", "split_worker.worker")
+    caplog.set_level("INFO", "split_worker.sessions")
     with setting.broker() as broker, setting.worker(broker.address), setting.client(broker.address) as client:
         first = client.open_session(identity=client.name_session("req-1"))
         session = client.open_session(identity=client.name_session("req-1"))

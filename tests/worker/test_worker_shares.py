@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -90,6 +91,16 @@ def test_the_member_with_most_sessions_gives_way_and_no_further_than_to_equal_sh
     table.open("b")
     assert len(table.members()) == 4
     assert set(table.members()) == set("abh")
+
+
+def test_a_member_that_opens_very_many_sessions_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table()
+    with caplog.at_level(logging.INFO, "split_worker"):
+        for _ in range(1000):
+            table.table.close(table.open("h").id)
+        table.open("a")
+    assert 1 < len(caplog.messages) < 1000
+    assert caplog.messages[-1].endswith("of device a opened")
 
 
 def test_one_session_for_each_is_full() -> None:

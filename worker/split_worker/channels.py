@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from split_common.protocol import headers
 from split_common.protocol.channel import CHANNEL_LIFETIME, CHANNEL_SESSIONS, Channel, EpochKeys
 from split_common.trust.keys import Roster
+from split_common.trust.limited_log import LimitedLog
 from split_common.trust.shares import Usage
 from split_worker.set_ups import ChannelId, SetUps
 
@@ -61,6 +62,7 @@ class ChannelTable:
         self._on_close = on_close
         #: Channels in use, the least recently used first.
         self.open: OrderedDict[ChannelId, OpenChannel] = OrderedDict()
+        self._log = LimitedLog(log)
         # Channels and remembered epochs of each member.
         self._channels = Usage()
         self._epochs = Usage()
@@ -125,7 +127,8 @@ class ChannelTable:
         for id_, open_ in list(self.open.items()):
             trusted = open_.channel.trusted(roster)
             if not trusted:
-                log.warning("device %s is revoked, or its certificate has expired", open_.channel.peer.name)
+                name = open_.member
+                self._log.warning(name, "device %s is revoked, or its certificate has expired", name)
             if not trusted or now - open_.used > 2 * CHANNEL_LIFETIME:
                 self.close(id_)
         while (largest := self._epochs.largest()) and self._epochs[largest] > MAX_MEMBER_EPOCHS:

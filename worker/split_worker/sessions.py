@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from bisect import bisect_left
 from collections import deque
@@ -14,9 +15,12 @@ from split_common.engine.sequences import KVSequence, KVStore
 from split_common.errors import Busy, OutOfOrder
 from split_common.protocol import headers
 from split_common.protocol.channel import Channel, EpochKeys
+from split_common.trust.limited_log import LimitedLog
 from split_common.trust.shares import Usage
 from split_worker.bodies.base import SessionState
 from split_worker.limits import WorkerLimits
+
+log = logging.getLogger(__name__)
 
 #: Most requests of one session that may wait. A device does not send more before it gets answers.
 MAX_WAITING = 256
@@ -126,6 +130,8 @@ class SessionTable:
         self._growth = self.limits.growth + (store.sequence_tokens if store is not None else 0)
         self._sessions: dict[SessionId, Session[Any]] = {}
         self._ages = itertools.count()
+        #: Says what becomes of sessions.
+        self.log = LimitedLog(log)
         #: Closed sessions that have not been freed.
         self.closed: deque[Session[Any]] = deque()
         # Sessions, and bytes of kept replies, of each member.
@@ -187,6 +193,7 @@ class SessionTable:
         session = Session(id_, member, channel.epoch_keys(id_[2], id_[3]), state, next(self._ages))
         self._sessions[id_] = session
         self._open.add(member, 1)
+        self.log.info(member, "session %s of device %s opened", session.label, member)
         return session
 
     def _close_one_for(self, member: str) -> None:

@@ -346,7 +346,6 @@ class Worker:
         except Busy:
             self._compute.wake()
             raise
-        log.info("session %s of device %s opened", session.label, channel.member)
         # This epoch is never accepted again, because a second session under its keys would repeat nonces.
         self._channels.remember(id_[:2], header.session, header.epoch)
         return session
