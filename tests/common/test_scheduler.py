@@ -414,12 +414,12 @@ def prefill_beside_decoding(seconds: float) -> tuple[Bench, list[Chunk]]:
 
 
 def test_prefill_within_its_share_goes_beside_decoding() -> None:
-    _, batch = prefill_beside_decoding(PREFILL_BURST / 2)
+    _, batch = prefill_beside_decoding(PREFILL_BURST)
     assert [chunk.step.session for chunk in batch] == ["decoding", "long"]
 
 
 def test_prefill_beyond_its_share_takes_what_the_others_leave() -> None:
-    bench, batch = prefill_beside_decoding(PREFILL_BURST * 2)
+    bench, batch = prefill_beside_decoding(PREFILL_BURST * 3)
     assert [chunk.step.session for chunk in batch] == ["decoding"]
     bench.finish(batch, 0.01)
     # Another member's first prompt does not wait for it, and it does not wait longer than that.
@@ -441,8 +441,97 @@ def test_prefill_of_a_member_alone_has_no_share() -> None:
 
 
 def test_a_debt_of_prefill_is_paid_by_time() -> None:
+    """Short forwards are forgiven beyond a limit, because others do not wait for them long."""
     shares = PrefillShares()
-    shares.charge("a", 100 * PREFILL_BURST, 4, 0.0)
-    assert shares.over(4, 0.0) == {"a"}
-    assert shares.over(4, 4 * PREFILL_BURST - 0.1) == {"a"}
-    assert shares.over(4, 4 * PREFILL_BURST + 0.1) == set()
+    for second in range(100):
+        shares.charge({"a": 1.0}, 4, second, second + 1)
+    assert shares.over(4, 100.0).keys() == {"a"}
+    assert shares.over(4, 100.0 + 4 * PREFILL_BURST - 0.1).keys() == {"a"}
+    assert not shares.over(4, 100.0 + 4 * PREFILL_BURST + 0.1)
+
+
+def test_a_long_prefill_is_owed_to_the_end() -> None:
+    shares = PrefillShares()
+    shares.charge({"a": 40.0}, 2, 0.0, 40.0)
+    # Neither a short one after it, nor a long one of another member, changes that.
+    shares.charge({"a": 0.1, "b": 30.0}, 2, 40.0, 40.1)
+    assert shares.over(2, 40.1)["a"] == pytest.approx(20.0, abs=0.1)
+    paid = 2 * (40.0 - PREFILL_BURST)
+    assert shares.over(2, paid - 0.2).keys() == {"a", "b"}
+    assert shares.over(2, paid + 0.2).keys() == {"b"}
+
+
+def test_a_member_alone_owes_nothing_afterwards() -> None:
+    shares = PrefillShares()
+    for start in (0.0, 40.0):
+        shares.charge({"a": 40.0}, 1, start, start + 40.0)
+    assert not shares.over(2, 80.0)
+
+
+class Shared:
+    """A worker whose layers take a prompt whole, and members who send a step some time after their last answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        for module in ("scheduler", "forward_times"):
+            clock = SimpleNamespace(monotonic=lambda: self.now)
+            monkeypatch.setattr(f"split_common.engine.{module}.time", clock)
+        store: Any = SimpleNamespace(free=10**9)
+        self.scheduler = Scheduler[Runs, TokenRun[Any]](store, divisible=False, holding=True)
+        #: When each member sends its next step, its tokens, and seconds from an answer to the step after it.
+        self.due: dict[str, tuple[float, int, float]] = {}
+        #: Seconds of forwards in which each member had a step, by the kind of the step.
+        self.spent = Counter[str]()
+
+    def run(self, seconds: float, token: float = 0.001) -> None:
+        """Lets time pass, in which a token of prefill takes so long, and a forward 10 ms at least."""
+        end = self.now + seconds
+        while self.now < end:
+            for member, (when, tokens, _) in self.due.items():
+                if when <= self.now:
+                    self.due[member] = (float("inf"), tokens, self.due[member][2])
+                    step = make_step(member, tokens)
+                    assert self.scheduler.add(step) is step
+                    self.scheduler.start(step, step.request)
+            batch, starved = self.scheduler.next_batch()
+            assert starved is None
+            if not batch:
+                assert bool(self.scheduler.holds) != self.scheduler.idle
+                self.now += self.scheduler.holds or 0.005
+                continue
+            took = 0.01 + token * sum(chunk.run.cost for chunk in batch if chunk.step.prefill)
+            self.now += took
+            for step in self.scheduler.finish(batch, [chunk.run.states for chunk in batch], took):
+                self.scheduler.end(step)
+                self.spent[str(step.member)] += took
+                _, tokens, away = self.due[str(step.member)]
+                self.due[str(step.member)] = self.now + away, tokens, away
+
+
+def test_prompts_that_cannot_be_divided_leave_others_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the others are away, at their devices, whenever a prompt could begin."""
+    for away in (0.0, 0.05):
+        shared = Shared(monkeypatch)
+        shared.due = {"hog": (100.0, 20_000, 0.0), "honest": (100.0, 1, away)}
+        shared.run(600)
+        assert shared.spent["hog"] < 0.6 * 600
+        # Its share is not taken from it either.
+        assert shared.spent["hog"] > 0.4 * 600
+
+
+def test_a_long_prompt_of_a_member_that_owes_nothing_begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Shared(monkeypatch)
+    shared.due = {"honest": (100.0, 1, 0.05), "long": (101.0, 20_000, 1e9)}
+    shared.run(25)
+    assert shared.spent["long"] > 20
+
+
+def test_prompts_of_a_member_alone_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Shared(monkeypatch)
+    shared.due = {"hog": (100.0, 20_000, 0.0), "honest": (700.0, 1, 0.05)}
+    shared.run(600)
+    assert shared.spent["hog"] > 0.99 * 600
+    # What it had while nobody waited is not owed: its next prompt begins, too.
+    shared.spent.clear()
+    shared.run(25)
+    assert shared.spent["hog"] > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -88,7 +89,7 @@ class ComputeLoop:
         self._watchdog = Watchdog(body.first_turn, sessions.limits.hung_after)
         self._hung = False
         self._inbox: queue.SimpleQueue[PendingRequest | None] = queue.SimpleQueue()
-        self._scheduler = Scheduler[PendingRequest, Any](body.store, divisible=body.divisible)
+        self._scheduler = Scheduler[PendingRequest, Any](body.store, divisible=body.divisible, holding=True)
         self._delay = BatchDelay()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lambda-split-compute", daemon=True)
@@ -183,8 +184,9 @@ class ComputeLoop:
 
     def _take_in(self, patient: bool) -> None:
         """Takes the requests that have arrived. If patient, waits for a first one, and for due sessions."""
-        if self._scheduler.idle and patient:
-            self._accept(self._inbox.get())
+        if patient and (self._scheduler.idle or self._scheduler.holds):
+            with contextlib.suppress(queue.Empty):
+                self._accept(self._inbox.get(timeout=self._scheduler.holds or None))
         forward, began = self._scheduler.budget.base, time.perf_counter()
         # However many sessions are due one after the other, none delays those that are here for long.
         latest, enough = began + 2 * WAIT_AHEAD * forward, began + TAKE_IN
@@ -211,10 +213,8 @@ class ComputeLoop:
             self._answer(request, Evicted("the session's memory went to another one"))
             return
         self._delay.returned(request.session, request.arrived)
-        member = request.session.member
-        step = ScheduledStep[PendingRequest, Any](
-            request.session, member, request.prefill, request, request.numbers if self._body.store is None else 0
-        )
+        weight = request.numbers if self._body.store is None else 0
+        step = Step(request.session, request.session.member, request.prefill, request, weight)
         self._start(self._scheduler.add(step))
 
     def _schedule(self) -> list[Chunk]:
@@ -244,8 +244,8 @@ class ComputeLoop:
             for chunk in chunks:
                 by_step.setdefault(id(chunk.step), []).append(chunk)
             if len(by_step) == 1:
-                session = chunks[0].step.request.session
-                log.error("session %s: a step failed: %s", session.label, type(error).__name__)
+                session, kind = chunks[0].step.request.session, type(error).__name__
+                self._sessions.log.error(session.member, "session %s: a step failed: %s", session.label, kind)
                 self._end(chunks[0].step, error)
                 return []
         return [launched for own in by_step.values() for launched in self._launch(own)]
@@ -374,13 +374,13 @@ class ComputeLoop:
         Args:
             own: as for `SessionTable.victims`.
         """
-        left = starved.cost - sum(starved.done)
+        by, left = starved.request.session, starved.cost - sum(starved.done)
         with self._lock:
-            victims = self._sessions.victims(starved.request.session, left, own)
+            victims = self._sessions.victims(by, left, own)
             for victim in victims:
                 self._sessions.evict(victim)
         for victim in victims:
-            log.info("session %s of device %s evicted", victim.label, victim.member)
+            self._sessions.log.info(by.member, "session %s of device %s evicted", victim.label, victim.member)
             self.counters["evictions"] += 1
             self._drop(victim, Evicted("the session's memory went to another one"))
         return bool(victims)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
@@ -39,6 +39,9 @@ STARVED_AFTER = 1.0
 #: longer than one forward of both.
 SLOW_FORWARD = 0.05
 
+#: Seconds for which steps of members that have had more than their share are held at a time.
+HELD = 0.02
+
 _Run = TypeVar("_Run", bound=Run)
 _Request = TypeVar("_Request")
 
@@ -55,11 +58,13 @@ class Scheduler(Generic[_Request, _Run]):
         store: the sequences' memory; None if steps take no memory.
         divisible: whether prefill may be computed in chunks. It may not if rotary embeddings depend on a
             prompt's last position.
+        holding: whether it may hold back all that is ready (`holds`).
     """
 
-    def __init__(self, store: KVStore | None, *, divisible: bool = True) -> None:
+    def __init__(self, store: KVStore | None, *, divisible: bool = True, holding: bool = False) -> None:
         self._store = store
         self._divisible = divisible
+        self._holding = holding
         #: The first step of each session, which has started or may start.
         self._active: OrderedDict[Hashable, ScheduledStep[_Request, _Run]] = OrderedDict()
         self._waiting: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
@@ -67,8 +72,11 @@ class Scheduler(Generic[_Request, _Run]):
         self._turns: dict[Hashable, None] = {}
         self._fair = FairTurns()
         self._shares = PrefillShares()
-        # Members whose prefill exceeds their share while others decode.
-        self._over: set[Hashable] = set()
+        # Members whose prefill exceeds their share while others are there, and what each owes them, in seconds.
+        self._over: dict[Hashable, float] = {}
+        #: Seconds after which the caller asks again, because all that is ready waits until other members have had
+        #: their share; 0 if something else is ready, or nothing.
+        self.holds = 0.0
         # When each member was last decoding.
         self._decoded_at: dict[Hashable, float] = {}
         # Whether the last forward was of urgent prefills.
@@ -128,7 +136,7 @@ class Scheduler(Generic[_Request, _Run]):
         """
         if self._urgent_went or not self._decoded_at or self.budget.base < SLOW_FORWARD:
             return []
-        known = self._decoded_at.keys() | self._over
+        known = self._decoded_at.keys() | self._over.keys()
         return [step for step in self._ready() if step.prefill and step.member not in known]
 
     @property
@@ -141,20 +149,23 @@ class Scheduler(Generic[_Request, _Run]):
         """Chooses what goes into the next forward, from the steps that are not in flight.
 
         Returns:
-            The chunks, which are in flight from now on, and None. There are no chunks if no step is ready. If none
-            of the ready steps fits into memory: no chunks, and the oldest such step. The caller then frees memory
-            for it or ends it, and asks again.
+            The chunks, which are in flight from now on, and None. There are no chunks if no step is ready, or if
+            it `holds` those that are. If none of the ready steps fits into memory: no chunks, and the oldest such
+            step. The caller then frees memory for it or ends it, and asks again.
         """
         self._look_at_shares(time.monotonic())
         urgent = self.urgent_prefills()
         batch = self._fill(urgent) if urgent else []
         self._urgent_went = bool(batch)
+        self.holds = 0.0
         if not batch and (ready := self._ready()):
             batch = self._fill(ready)
-            if not batch:
+            starved = next((step for step in ready if step.starved_since is not None), None)
+            if not batch and starved is not None:
                 # Urgent prefills do not fit either. They have had their turn when the caller asks again.
                 self._urgent_went = True
-                return [], ready[0]
+                return [], starved
+            self.holds = 0.0 if batch else HELD
         for chunk in batch:
             chunk.step.in_flight = True
         return batch, None
@@ -176,16 +187,15 @@ class Scheduler(Generic[_Request, _Run]):
         step.starved_since = time.monotonic()
 
     def _look_at_shares(self, now: float) -> None:
-        """Notes who is decoding, and who of the others prefills for more than its share of the time."""
+        """Notes who is decoding, and who prefills for more than its share of the time while others are there."""
         self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
-        self._over = {
-            member for member in self._shares.over(self._members, now) if self._decoded_at.keys() - {member}
-        }
+        over = self._shares.over(len(self._members), now)
+        self._over = {member: debt for member, debt in over.items() if self._members - {member}}
 
     @property
-    def _members(self) -> int:
-        """How many members there are that decode or have steps."""
-        return len(self._decoded_at.keys() | {step.member for step in self._active.values()})
+    def _members(self) -> set[Hashable]:
+        """The members that decode or have steps."""
+        return self._decoded_at.keys() | {step.member for step in self._active.values()}
 
     def finish(
         self, batch: Sequence[ScheduledChunk[_Request, _Run]], outputs: Sequence[torch.Tensor], seconds: float
@@ -197,7 +207,7 @@ class Scheduler(Generic[_Request, _Run]):
         """
         prefill = sum(chunk.run.cost for chunk in batch if chunk.step.prefill)
         decoding = sum(not chunk.step.prefill for chunk in batch)
-        self._charge(batch, prefill, max(0.0, seconds - self.budget.base * (decoding > 0)))
+        self._charge(batch, seconds, max(0.0, seconds - self.budget.base * (decoding > 0)))
         self.budget.observe(decoding, prefill, seconds)
         for chunk, output in zip(batch, outputs, strict=True):
             chunk.step.outputs[chunk.index].append(output)
@@ -218,12 +228,15 @@ class Scheduler(Generic[_Request, _Run]):
                 complete.append(step)
         return complete
 
-    def _charge(self, batch: Sequence[ScheduledChunk[_Request, _Run]], prefill: int, seconds: float) -> None:
-        """Counts the seconds that the prefill of a batch took, by the tokens of each member."""
-        now, members = time.monotonic(), self._members
+    def _charge(self, batch: Sequence[ScheduledChunk[_Request, _Run]], took: float, seconds: float) -> None:
+        """Counts how many seconds of a forward that took so long were for prefill, by the tokens of each member."""
+        tokens = Counter[Hashable]()
         for chunk in batch:
             if chunk.step.prefill:
-                self._shares.charge(chunk.step.member, seconds * chunk.run.cost / prefill, members, now)
+                tokens[chunk.step.member] += chunk.run.cost
+        now, each = time.monotonic(), seconds / max(1, tokens.total())
+        charged = {member: count * each for member, count in tokens.items()}
+        self._shares.charge(charged, len(self._members), now - took, now)
 
     def end(self, step: ScheduledStep[_Request, _Run]) -> ScheduledStep[_Request, _Run] | None:
         """Drops an active step, complete or not. Returns the session's next one, which may start now."""
@@ -259,7 +272,8 @@ class Scheduler(Generic[_Request, _Run]):
         for step in self._in_turns(ready):
             if budget <= 0:
                 break
-            if batch and step.member in self._over:
+            if step.member in self._over and (batch or self._waits(step, budget)):
+                step.starved_since = None
                 continue
             for index, run in enumerate(step.runs):
                 begin = step.done[index]
@@ -273,6 +287,19 @@ class Scheduler(Generic[_Request, _Run]):
                 budget -= count
                 batch.append(ScheduledChunk(step, index, run.part(begin, count)))
         return batch
+
+    def _waits(self, step: ScheduledStep[_Request, _Run], budget: int) -> bool:
+        """Whether a step of a member that owes time waits for others that decode, though none is here just now.
+
+        That is so if what would go into the forward is more than its budget: those that come back soon would then
+        wait for it.
+        """
+        if not (self._holding and self._decoded_at.keys() - self._over.keys()):
+            return False
+        if not self._divisible:
+            return step.cost - sum(step.done) > budget
+        begin, run = next((done, run) for done, run in zip(step.done, step.runs, strict=True) if done < run.cost)
+        return run.whole(begin, min(budget, run.cost - begin)) > budget
 
     def _fits(self, step: ScheduledStep[_Request, _Run], memory: int, free: int) -> bool:
         """Whether there is memory for what of a step could go into a forward. Notes since when there is none."""
@@ -291,7 +318,7 @@ class Scheduler(Generic[_Request, _Run]):
         there may be rows, or as prefill may have.
         """
         steps = [step for step in ready if not step.prefill]
-        divides = self._store is not None and self._members > 1
+        divides = self._store is not None and len(self._members) > 1
         left = max(MAX_ROWS, self.budget.tokens()) if divides else math.inf
         if sum(len(step.runs) for step in steps) > MAX_ROWS or sum(step.cost for step in steps) > left:
             steps.sort(key=lambda step: step.turn)
@@ -307,7 +334,7 @@ class Scheduler(Generic[_Request, _Run]):
     def _in_turns(self, ready: Sequence[ScheduledStep[_Request, _Run]]) -> list[ScheduledStep[_Request, _Run]]:
         """Prefills in turns: each member's first before any second. The member of the last chunk comes last.
 
-        Those of members that have had more than their share come after all others.
+        Those of members that have had more than their share come after all others: what is owed most, last.
         """
         queues: dict[Hashable, deque[ScheduledStep[_Request, _Run]]] = {}
         for step in ready:
@@ -325,4 +352,4 @@ class Scheduler(Generic[_Request, _Run]):
                 order.append(queues[member].popleft())
                 if not queues[member]:
                     del queues[member]
-        return sorted(order, key=lambda step: step.member in self._over)
+        return sorted(order, key=lambda step: self._over.get(step.member, 0.0))

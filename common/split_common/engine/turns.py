@@ -5,7 +5,7 @@ Source: Goyal, Vin and Cheng, "Start-Time Fair Queueing", SIGCOMM 1996. In a ste
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from split_common.engine.steps import ScheduledStep
@@ -50,26 +50,38 @@ class FairTurns:
 class PrefillShares:
     """How far members' prefill exceeds their share of the time, which is equal for all: a leaky bucket for each.
 
-    Not thread-safe. Times are in seconds.
+    A member alone has all of the time for its share, and so no debts. Not thread-safe. Times are in seconds.
     """
 
     def __init__(self) -> None:
         # By member: the seconds of prefill that its share has not paid for yet, and the time at which this was so.
         self._debts: dict[Hashable, tuple[float, float]] = {}
 
-    def charge(self, member: Hashable, seconds: float, members: int, now: float) -> None:
-        """Counts prefill that a member had, as one of several members. What it had long ago is forgiven."""
-        self._debts[member] = min(self._debt(member, members, now) + seconds, 2 * PREFILL_BURST), now
+    def charge(self, prefill: Mapping[Hashable, float], members: int, began: float, now: float) -> None:
+        """Counts the prefill of a forward.
 
-    def over(self, members: int, now: float) -> set[Hashable]:
-        """Which of several members have had more than their share by `PREFILL_BURST`. Forgets paid debts."""
-        debts = {member: self._debt(member, members, now) for member in self._debts}
-        self._debts = {member: (debt, now) for member, debt in debts.items() if debt}
-        return {member for member, debt in debts.items() if debt > PREFILL_BURST}
+        A member owes a long one to the end, however long it took. Of many short ones, for which others do not wait
+        long, it owes `2 * PREFILL_BURST` at most.
 
-    def _debt(self, member: Hashable, members: int, now: float) -> float:
-        debt, since = self._debts.get(member, (0.0, now))
-        return max(0.0, debt - (now - since) / max(1, members))
+        Args:
+            prefill: how long each member had of it.
+            members: how many there are.
+            began, now: when the forward began and ended.
+        """
+        for member, seconds in prefill.items():
+            debt, since = self._debts.get(member, (0.0, began))
+            left = debt - (now - since) / max(1, members)
+            most = max(left, seconds, 2 * PREFILL_BURST)
+            self._debts[member] = max(0.0, min(left + seconds, most)), now
+
+    def over(self, members: int, now: float) -> dict[Hashable, float]:
+        """Which of several members have had more than their share by `PREFILL_BURST`, and what each owes.
+
+        Forgets paid debts.
+        """
+        paid = {member: debt - (now - since) / max(1, members) for member, (debt, since) in self._debts.items()}
+        self._debts = {member: (debt, now) for member, debt in paid.items() if debt > 0}
+        return {member: debt for member, debt in paid.items() if debt > PREFILL_BURST}
 
 
 def next_few(pending: Iterable[_Step]) -> list[_Step]:
