@@ -161,6 +161,28 @@ def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.long
+def test_it_ends_in_order_before_its_devices_are_ready(tmp_path: Path) -> None:
+    process = start(tmp_path, "--devices", 2, "--workers", 1, "--seconds", 600)
+    children: list[Any] = []
+
+    def devices_start() -> bool:
+        children[:] = psutil.Process(process.pid).children()
+        return len(children) == 4
+
+    try:
+        wait_until(devices_start)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LATE)
+        assert process.returncode == 143
+        assert not list(tmp_path.iterdir())
+        _, alive = psutil.wait_procs(children, timeout=LATE)
+        assert not alive
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def wait_for_a_fault(process: subprocess.Popen[str]) -> list[Any]:
     """Broker, worker and device, once the worker was stopped: the fleet has been at work for a while by then."""
     children: list[Any] = []

@@ -118,6 +118,7 @@ class DeviceProcess:
         self._env = env
         self._ledger = ledger
         self._ready = threading.Event()
+        self._killed = False
         self._error: SplitError | None = None
         self._thread = threading.Thread(target=self._run, name=f"stress-{self.name}", daemon=True)
         self.process: subprocess.Popen[str] | None = None
@@ -137,6 +138,8 @@ class DeviceProcess:
             with running_command(self._arguments, self._log, self._env) as (process, _):
                 self.process, self.since = process, time.monotonic()
                 self._ready.set()
+                if self._killed:
+                    process.kill()
                 assert process.stdout is not None
                 for line in process.stdout:
                     # The last line of a process that was killed may be cut off.
@@ -155,6 +158,8 @@ class DeviceProcess:
             process.terminate()
 
     def kill(self) -> None:
+        """SIGKILL: at once, or when the process is ready."""
+        self._killed = True
         if (process := self.process) is not None:
             process.kill()
 
