@@ -78,8 +78,8 @@ def worker(
         typer.Option(
             metavar="SIZE",
             show_default="all that open sessions leave of --kv-memory",
-            help="Memory for sessions of language models that are kept after their end: later ones that begin with "
-            "the same tokens send only what is new. They give way to all others. 0 or off turns it off.",
+            help="Memory for ended sessions of language models, so that later ones that begin with the same tokens "
+            "send only what is new. Open sessions come first. 0 or off turns it off.",
         ),
     ] = None,
     max_pixels: Annotated[

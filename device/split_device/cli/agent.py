@@ -182,7 +182,7 @@ def stop(
 
 @app.command()
 def status(store_key: StoreKeyOption = None, json: JsonOption = False) -> None:
-    """Show whether an agent is running, and how many jobs there are. Exit code 1 if none is."""
+    """Show whether an agent is running, and how many jobs there are. Exit code 1 if no agent is."""
     pid = agent.running_agent()
     with Store(store_path(), store_key) as store:
         counts = store.count()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def dead_letters(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove them after showing them.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the records after showing them.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Show this user's steps that were given up because workers failed or died while computing them.

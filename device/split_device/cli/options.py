@@ -88,7 +88,7 @@ SeedOption = Annotated[
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End before this text. May be repeated."),
+    typer.Option("--stop", metavar="TEXT", help="End answers before this text. May be repeated."),
 ]
 SystemOption = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system message before the conversation.")
@@ -189,7 +189,7 @@ PadStepsOption = Annotated[
         "--pad-steps/--no-pad-steps",
         rich_help_panel=PRIVACY_PANEL,
         help="Give decoding steps sizes that do not follow their tokens, so that the queue cannot tell how many "
-        "were guessed, and how many were right. Without it, fewer bytes travel.",
+        "were guessed, and how many were right. --no-pad-steps sends fewer bytes.",
     ),
 ]
 HistoryOption = Annotated[
@@ -322,8 +322,8 @@ SpeculateOption = Annotated[
         metavar=SPECULATE_METAVAR,
         rich_help_panel=SPECULATION_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
-        "the same. auto guesses only as many as pay. draft:MODEL has a small model with the same tokenizer guess "
-        "here, as often as that pays; mtp has layers that some checkpoints bring for that.",
+        "the same. auto guesses only as many as pay. With draft:MODEL a small model with the same tokenizer guesses "
+        "on the device; with mtp, MTP layers of the checkpoint do.",
     ),
 ]
 JobSpeculateOption = Annotated[
@@ -334,7 +334,7 @@ JobSpeculateOption = Annotated[
         metavar=SPECULATE_METAVAR,
         rich_help_panel=SPECULATION_PANEL,
         show_default="the agent's",
-        help="How to guess the next tokens of this job. A draft model, or mtp, must be the agent's.",
+        help="How to guess the next tokens of this job. draft:MODEL and mtp need the agent's own.",
     ),
 ]
 GiveUpOption = Annotated[

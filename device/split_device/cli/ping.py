@@ -76,7 +76,7 @@ def ping(
     sample: SampleOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure the way to a worker, predict tokens/s for each setting, and recommend one.
+    """Measure the path to a worker, predict tokens/s for each setting, and recommend one.
 
     Takes a few minutes. Nothing else should use the device or its worker meanwhile.
     """

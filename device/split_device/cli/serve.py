@@ -114,7 +114,7 @@ def serve(
     and, at /, a page to chat in a browser. It listens on this machine's loopback only: for other
     machines, put a reverse proxy in front of it, and give the proxy's name with --allowed-host.
 
-    Each --adapter is a model with a name of its own, beside the one without an adapter.
+    Each --adapter is served as one more model, under its own name.
 
     If --image-model is given and --model is not, only images are served. For temperature, top_p and top_k that a
     request does not set, the options given here apply, or else the checkpoint's values. Needs

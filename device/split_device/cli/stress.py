@@ -115,7 +115,7 @@ def stress(
     and corrupts. The times of the faults are drawn from the seed. The first Ctrl-C ends the requests, a second one
     ends everything.
 
-    The report counts three kinds of faults. *Lost*: requests that failed or never ended. *Duplicated*: further
+    The report counts three kinds of errors. *Lost*: requests that failed or never ended. *Duplicated*: further
     outputs to one request, or outputs with more tokens than the unsplit model's. *Mismatched*: outputs that differ
     from the unsplit model's, texts in any token, images by more than 1e-5 of the largest latent.
 
