@@ -106,7 +106,7 @@ class Layers:
     positions_interact = False
     padding_matters = indivisible = False
     divisible = True
-    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
+    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1, has_spans=False))
 
     def __init__(self, pages: int, asynchronous: bool, takes_trees: bool) -> None:
         self.asynchronous, self.takes_trees = asynchronous, takes_trees

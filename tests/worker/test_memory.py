@@ -38,7 +38,7 @@ class Layers:
     device, dtype, width, max_positions = torch.device("cpu"), torch.float32, WIDTH, 10_000
     asynchronous = positions_interact = padding_matters = indivisible = takes_trees = False
     divisible = True
-    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1))
+    layers = SimpleNamespace(stack=SimpleNamespace(position_axes=1, has_spans=False))
 
     def __init__(self, store: Any) -> None:
         self.store = store
