@@ -322,8 +322,8 @@ SpeculateOption = Annotated[
         metavar=SPECULATE_METAVAR,
         rich_help_panel=SPECULATION_PANEL,
         help="How to guess the next tokens: the worker checks several guesses in one trip, and the answer stays "
-        "the same. auto guesses only as many as pay. With draft:MODEL a small model with the same tokenizer guesses "
-        "on the device; with mtp, MTP layers of the checkpoint do.",
+        "the same. auto guesses only as many as pay. With draft:MODEL, a small model with the same tokenizer "
+        "guesses on the device; with mtp, MTP layers of the checkpoint do.",
     ),
 ]
 JobSpeculateOption = Annotated[
