@@ -22,8 +22,8 @@ def inspect(
 ) -> None:
     """Show which parts of a model the device keeps and which the worker runs; no weights are read.
 
-    A model that cannot be split, or not at --layers, is refused with the reason. `lambda-split doctor --model` finds out
-    how one runs, by running some of its layers.
+    A model that cannot be split, or not at --layers, is refused with the reason. `lambda-split doctor --model`
+    finds out how one runs, by running some of its layers.
     """
     choice = dataclasses.replace(cut, model=model).choice(several_adapters=True)
     with doing(f"reading the shapes of {model_name(choice.name)}"):
