@@ -12,7 +12,7 @@ HEADINGS = {
     "Try it": ("demo",),
     "Run a fleet": ("broker", "worker"),
     "Ask": ("generate", "chat", "image", "serve"),
-    "Ask for many, in the background": ("batch", "submit", "jobs", "agent"),
+    "Ask for many": ("batch", "submit", "jobs", "agent"),
     "Look and check": ("inspect", "doctor", "ping", "dead-letters", "stress"),
     "Keys": ("keys", "redis-acl"),
 }
