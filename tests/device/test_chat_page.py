@@ -106,6 +106,7 @@ def test_a_conversation(page: Page, checkpoint: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_thinking_is_folded_and_calls_of_tools_are_shown(page: Page) -> None:
     """What a model thinks comes before its answer, and is shown on demand. It is not sent back, but calls are."""
     asked: list[Any] = []
@@ -161,6 +162,7 @@ def test_thinking_is_folded_and_calls_of_tools_are_shown(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_what_runs_where_and_what_left(page: Page, server: tuple[str, Any]) -> None:
     page.get_by_text("Where it runs").click()
     assert page.locator("#parts > *").all_inner_texts() == [
@@ -187,6 +189,7 @@ def traffic(server: str) -> dict[str, int]:
 
 
 @needs_chromium
+@pytest.mark.long
 @pytest.mark.parametrize("by", ["button", "key"])
 def test_an_answer_is_stopped(page: Page, server: tuple[str, Any], by: str) -> None:
     say(page, "Hello", 4000)
@@ -206,6 +209,7 @@ def test_an_answer_is_stopped(page: Page, server: tuple[str, Any], by: str) -> N
 
 
 @needs_chromium
+@pytest.mark.long
 def test_an_answer_is_stopped_before_it_begins(page: Page) -> None:
     """Nothing of it is left but a way to ask again."""
     page.route("**/v1/chat/completions", lambda _route: None)
@@ -233,6 +237,7 @@ OVERLAPS = """() => {
 
 
 @needs_chromium
+@pytest.mark.long
 def test_settings_can_be_read_while_an_answer_comes(page: Page) -> None:
     page.set_viewport_size({"width": 390, "height": 800})
     say(page, "Hello", 4000)
@@ -248,6 +253,7 @@ def test_settings_can_be_read_while_an_answer_comes(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_what_to_do_when_a_worker_has_gone_for_good(page: Page) -> None:
     """What came of the answer stays, and so does what was typed meanwhile."""
     error = {"message": "no worker serves tiny 2:4", "type": "server_error", "code": "NoWorker", "param": None}
@@ -282,6 +288,7 @@ def test_errors_are_said_in_words_of_the_page() -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_an_error_is_shown_with_a_way_to_try_again(page: Page) -> None:
     page.get_by_label("Message", exact=True).fill("x" * POSITIONS)
     page.keyboard.press("Enter")
@@ -300,6 +307,7 @@ def test_an_error_is_shown_with_a_way_to_try_again(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_versions_of_messages_and_answers(page: Page, checkpoint: Path) -> None:
     unsplit = Unsplit(checkpoint)
     say(page, "Hello", 5)
@@ -327,6 +335,7 @@ def test_versions_of_messages_and_answers(page: Page, checkpoint: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_messages_are_copied(page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     say(page, "Hello")
@@ -339,6 +348,7 @@ def test_messages_are_copied(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_an_edit_is_given_up(page: Page) -> None:
     say(page, "Hello")
     answered(page)
@@ -349,6 +359,7 @@ def test_an_edit_is_given_up(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_settings_are_what_is_asked_for(page: Page, checkpoint: Path) -> None:
     expect(page.locator("#temperature")).to_have_attribute("placeholder", "0")
     unsplit = Unsplit(checkpoint)
@@ -385,6 +396,7 @@ def test_settings_are_what_is_asked_for(page: Page, checkpoint: Path) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_conversations_are_kept_found_exported_and_read_in_again(page: Page, tmp_path: Path) -> None:
     page.set_viewport_size({"width": 1280, "height": 700})
     say(page, "Apples")
@@ -433,6 +445,7 @@ def forged() -> dict[str, Any]:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_nothing_is_kept_if_that_is_wanted(page: Page) -> None:
     page.set_viewport_size({"width": 1280, "height": 700})
     say(page, "Apples")
@@ -452,6 +465,7 @@ def test_nothing_is_kept_if_that_is_wanted(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_themes_and_help(page: Page) -> None:
     page.set_viewport_size({"width": 1280, "height": 700})
     scheme = "getComputedStyle(document.documentElement).colorScheme"
@@ -480,6 +494,7 @@ def test_themes_and_help(page: Page) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
     with browser.new_context() as context:
         page = context.new_page()
@@ -496,6 +511,7 @@ def test_a_wrong_key(browser: Browser, server: tuple[str, Any]) -> None:
 
 
 @needs_chromium
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [

@@ -1,6 +1,6 @@
 """`benchmarks.models`: small models of many structures, through processes of broker and workers.
 
-`make test` runs two of them, `make test-long` all.
+`make test` foretells how a few run, `make test-long` runs one, and `make test-nightly` all.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def check(results: dict[str, Any]) -> None:
     assert sorted([*results["identical"], *results["refused"]]) == sorted(results["features"])
 
 
+@pytest.mark.long
 def test_a_model() -> None:
     results = run("models", "--only", "gpt_oss_mxfp4")
     check(results)
