@@ -19,7 +19,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(B
 OTHER_CPUS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 
-# Runs the tests of some marks, with settings if some are named, and says how long that took.
+# Runs the tests of some marks, with a setting if one is named, and says how long that took.
 define job
 @echo "--- $(strip $(1) $(2))"; began=$$(date +%s); env $(2) $(PYTEST) -m "$(1)" $(ARGS); code=$$?; \
 	echo "--- $(strip $(1) $(2)): $$(($$(date +%s) - began)) s"; exit $$code

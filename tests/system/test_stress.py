@@ -151,11 +151,8 @@ def test_it_ends_in_order(number: signal.Signals, tmp_path: Path) -> None:
             assert report["interrupted"]
             check_sound(report)
         else:
-            process.communicate(timeout=LATE)
-            assert process.returncode == 143
-            assert not list(tmp_path.iterdir())
-        _, alive = psutil.wait_procs(children, timeout=LATE)
-        assert not alive
+            check_terminated(process, tmp_path)
+        check_gone(children)
     finally:
         process.kill()
         process.communicate()
@@ -173,14 +170,22 @@ def test_it_ends_in_order_before_its_devices_are_ready(tmp_path: Path) -> None:
     try:
         wait_until(devices_start)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=LATE)
-        assert process.returncode == 143
-        assert not list(tmp_path.iterdir())
-        _, alive = psutil.wait_procs(children, timeout=LATE)
-        assert not alive
+        check_terminated(process, tmp_path)
+        check_gone(children)
     finally:
         process.kill()
         process.communicate()
+
+
+def check_terminated(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    process.communicate(timeout=LATE)
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())
+
+
+def check_gone(children: list[Any]) -> None:
+    _, alive = psutil.wait_procs(children, timeout=LATE)
+    assert not alive
 
 
 def wait_for_a_fault(process: subprocess.Popen[str]) -> list[Any]:

@@ -189,8 +189,9 @@ class Scheduler(Generic[_Request, _Run]):
     def _look_at_shares(self, now: float) -> None:
         """Notes who is decoding, and who prefills for more than its share of the time while others are there."""
         self._decoded_at = {member: then for member, then in self._decoded_at.items() if now - then < DECODING_FOR}
-        over = self._shares.over(len(self._members), now)
-        self._over = {member: debt for member, debt in over.items() if self._members - {member}}
+        members = self._members
+        over = self._shares.over(len(members), now)
+        self._over = {member: debt for member, debt in over.items() if members - {member}}
 
     @property
     def _members(self) -> set[Hashable]:
